@@ -1,0 +1,194 @@
+"""What every family must do; a family that is added to FAMILIES is covered at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+
+import pytest
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.protocols import BaseModelArgs, ModelProtocol
+from torchtitan.protocols.train_spec import get_train_spec
+
+from tests.jobs import ROOT, TRAIN_CONFIGS, all_configs, debug_job, load_job
+from torchtitan_mixtures.checks import check_arguments
+from torchtitan_mixtures.models import FAMILIES
+
+GOLDEN = ROOT / "tests" / "contract" / "golden"
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def build_model(job):
+    spec = get_train_spec(job.model.name)
+    args = spec.model_args[job.model.flavor]
+    args.update_from_config(job)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch.device("cpu"))
+    return model, args
+
+
+def build_batches(job):
+    spec = get_train_spec(job.model.name)
+    tokenizer = spec.build_tokenizer_fn(job) if spec.build_tokenizer_fn else None
+    return spec.build_dataloader_fn(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=job)
+
+
+def prepare(job, batch):
+    """What MixtureTrainer.post_dataloading_process does, without a trainer."""
+    from torchtitan_mixtures.objectives.next_token import split_batch
+
+    return split_batch(*batch)
+
+
+def test_the_spec_is_complete(family):
+    spec = get_train_spec(family)
+    assert issubclass(spec.model_cls, ModelProtocol)
+    assert spec.build_validator_fn and spec.build_metrics_processor_fn
+    assert (ROOT / "torchtitan_mixtures" / "models" / family / "README.md").is_file()
+    assert (TRAIN_CONFIGS / family / "debugmodel.toml").is_file()
+
+
+def test_an_unknown_flavour_is_answered_with_the_known_ones(family):
+    with pytest.raises(KeyError, match="debugmodel"):
+        get_train_spec(family).model_args["no_such_flavor"]
+
+
+@pytest.mark.parametrize("config", all_configs(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_configuration_parses_and_names_a_flavour(config):
+    check_arguments(["--job.config_file", str(config)])
+    job = load_job(config)
+    assert job.model.name == config.parent.name
+    assert job.model.flavor.replace("/", "-") == config.stem
+    assert job.model.flavor in get_train_spec(job.model.name).model_args
+    assert config.read_text().startswith("# ")
+    assert "scripts/train.sh" in config.read_text() or "torchrun" in config.read_text()
+
+
+# Parameters of the flavour alone; each code of a further modality adds 2 x dim.
+PARAMETERS = {
+    "mot/debugmodel": 11_278_592,
+    "mot/debugmodel_flex_attn": 11_278_592,
+    "mot/debugmodel_varlen_attn": 11_278_592,
+    "mot/debugmodel_post_norm": 11_278_592,
+    "mot/debugmodel_3modality": 16_393_472,
+    "mot/debugmodel_dense": 6_163_712,
+    "mot/debugmodel_3modality_dense": 6_163_712,
+    "mot/8B_2modality": 15_009_845_248,
+    "mot/8B_3modality": 21_989_429_248,
+    "mot/8B_2modality_dense": 8_030_261_248,
+    "mot/8B_3modality_dense": 8_030_261_248,
+    "mot/70B_2modality": 139_006_058_496,
+    "mot/70B_3modality": 207_458_410_496,
+    "mot/70B_2modality_dense": 70_553_706_496,
+    "mot/70B_3modality_dense": 70_553_706_496,
+}
+
+
+def test_the_table_of_parameter_counts_has_every_flavour():
+    flavors = {f"{f}/{flavor}" for f in FAMILIES for flavor in get_train_spec(f).model_args}
+    assert flavors == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("config", all_configs(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_configuration_builds_with_the_counted_parameters(config):
+    job = load_job(config)
+    spec = get_train_spec(job.model.name)
+    args = spec.model_args[job.model.flavor]
+    args.update_from_config(job)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    parameters, flops = args.get_nparams_and_flops(model, job.training.seq_len)
+    codes = args.total_vocab_size - args.vocab_size
+    expected = PARAMETERS[f"{job.model.name}/{job.model.flavor}"] + codes * 2 * args.dim
+    assert parameters == sum(p.numel() for p in model.parameters()) == expected
+    # Training costs six FLOPs per active matmul parameter: never more than 6 per parameter plus
+    # attention, which total parameters would exceed.
+    attention = 12 * args.n_layers * args.dim * job.training.seq_len
+    assert 0 < flops <= 6 * args.num_active_parameters + attention
+
+
+def test_arguments_survive_json_and_a_second_update(family):
+    job = debug_job(family)
+    for flavor in get_train_spec(family).model_args:
+        args = get_train_spec(family).model_args[flavor]
+        assert isinstance(args, BaseModelArgs)
+        args.update_from_config(job)
+        once = json.dumps(dataclasses.asdict(args))
+        args.update_from_config(job)
+        assert json.dumps(dataclasses.asdict(args)) == once
+    fresh = get_train_spec(family).model_args["debugmodel"]
+    assert fresh == get_train_spec(family).model_args["debugmodel"]
+
+
+def test_initialisation_reaches_every_parameter_and_buffer(family):
+    spec, job = get_train_spec(family), debug_job(family)
+    args = spec.model_args["debugmodel"]
+    args.update_from_config(job)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(math.nan)
+        model.init_weights(buffer_device=torch.device("cpu"))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.isfinite(tensor).all(), name
+
+
+def test_names_and_shapes_of_the_state_dict_are_the_golden_ones(family):
+    model, _ = build_model(debug_job(family))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    golden = json.loads((GOLDEN / f"{family}_debugmodel.json").read_text())
+    assert shapes == golden
+
+
+def test_batches_of_the_loader_are_what_forward_takes(family):
+    job = debug_job(family)
+    model, _ = build_model(job)
+    inputs, _, extra = prepare(job, next(iter(build_batches(job))))
+    parameters = list(inspect.signature(model.forward).parameters)
+    assert set(extra) <= set(parameters)
+    assert inputs.shape[0] == job.training.local_batch_size
+    assert all(isinstance(v, torch.Tensor) and v.shape[0] == len(inputs) for v in extra.values())
+
+
+def test_a_step_has_a_finite_loss_and_a_gradient_everywhere(family):
+    job = debug_job(family)
+    model, _ = build_model(job)
+    loss_fn = get_train_spec(family).build_loss_fn(job, parallel_dims=None)
+    inputs, targets, extra = prepare(job, next(iter(build_batches(job))))
+    loss = loss_fn(model(inputs, **extra), targets)
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_loss_at_the_start_is_that_of_guessing(family):
+    job = debug_job(family)
+    model, args = build_model(job)
+    loss_fn = get_train_spec(family).build_loss_fn(job, parallel_dims=None)
+    inputs, targets, extra = prepare(job, next(iter(build_batches(job))))
+    with torch.no_grad():
+        loss = loss_fn(model(inputs, **extra), targets)
+    count = (targets.labels != -100).sum()
+    assert abs(float(loss / count) - math.log(args.total_vocab_size)) < 0.7
+
+
+def test_the_configuration_manager_of_the_host_is_unchanged():
+    # Registration happens through `custom_config_module` alone.
+    assert ConfigManager().parse_args([]).model.name == "llama3"

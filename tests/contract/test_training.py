@@ -1,0 +1,131 @@
+"""What training must do in every family, in one process and on two."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.gang import run_ranks
+from tests.jobs import debug_job
+from torchtitan_mixtures.models import FAMILIES
+
+
+def train(family: str, *overrides: str) -> dict:
+    """Run the trainer; return losses by step, gradient norms, and the final weights' checksum."""
+    from torchtitan_mixtures.trainer import MixtureTrainer
+
+    job = debug_job(family, *overrides)
+    trainer = MixtureTrainer(job)
+    records: dict = {"loss": {}, "grad_norm": {}, "validation": {}}
+    processor = trainer.metrics_processor
+
+    def log(step, loss, max_loss, grad_norm, extra_metrics=None, *, original=processor.log):
+        records["loss"][step] = loss
+        records["grad_norm"][step] = grad_norm
+        original(step, loss, max_loss, grad_norm, extra_metrics)
+
+    processor.log = log
+    if job.validation.enable:
+        original = processor.log_validation
+
+        def log_validation(loss, step, **rest):
+            records["validation"][step, rest["split"]] = loss
+            original(loss, step, **rest)
+
+        processor.log_validation = log_validation
+    trainer.train()
+    records["weights"] = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().sum().item()
+        for name, p in trainer.model_parts[0].named_parameters()
+    }
+    trainer.close()
+    return records
+
+
+QUICK = (
+    "--metrics.no_enable_tensorboard",
+    "--checkpoint.no_enable",
+    "--validation.no_enable",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forty_steps_lower_the_loss(family, tmp_path):
+    (records,) = run_ranks(
+        train, 1, family, *QUICK, f"--job.dump_folder={tmp_path}", "--training.steps=40",
+        "--lr_scheduler.warmup_steps=5", timeout=200, init=False,
+    )  # fmt: skip
+    losses = records["loss"]
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert losses[40] < losses[1] - 1.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(family, tmp_path):
+    common = ("--metrics.no_enable_tensorboard", "--validation.no_enable",
+              "--checkpoint.interval=2", "--lr_scheduler.total_steps=4",
+              "--lr_scheduler.warmup_steps=1")  # fmt: skip
+    once, twice = f"--job.dump_folder={tmp_path}/once", f"--job.dump_folder={tmp_path}/twice"
+    (whole,) = run_ranks(train, 1, family, *common, once, "--training.steps=4", init=False)
+    (first,) = run_ranks(train, 1, family, *common, twice, "--training.steps=2", init=False)
+    (second,) = run_ranks(train, 1, family, *common, twice, "--training.steps=4", init=False)
+    assert list(second["loss"]) == [3, 4]
+    assert {**first["loss"], **second["loss"]} == whole["loss"]
+    assert second["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accumulating_gradients_equals_one_large_batch(family, tmp_path):
+    def run(folder, local):
+        (records,) = run_ranks(
+            train, 1, family, *QUICK, f"--job.dump_folder={tmp_path}/{folder}",
+            "--training.steps=3", f"--training.local_batch_size={local}",
+            "--training.global_batch_size=4", "--lr_scheduler.warmup_steps=1", init=False,
+        )  # fmt: skip
+        return records
+
+    large, small = run("large", 4), run("small", 1)
+    for step in (1, 2, 3):
+        assert small["loss"][step] == pytest.approx(large["loss"][step], rel=2e-5)
+        assert small["grad_norm"][step] == pytest.approx(large["grad_norm"][step], rel=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_validation_reports_every_split_and_leaves_training_as_it_was(family, tmp_path):
+    base = ("--metrics.no_enable_tensorboard", "--checkpoint.no_enable", "--training.steps=3",
+            "--lr_scheduler.warmup_steps=1", "--validation.freq=1", "--validation.steps=2",
+            "--validation.local_batch_size=1")  # fmt: skip
+    (with_it,) = run_ranks(train, 1, family, *base, f"--job.dump_folder={tmp_path}/a", init=False)
+    (without,) = run_ranks(
+        train, 1, family, *base, "--validation.no_enable", f"--job.dump_folder={tmp_path}/b",
+        init=False,
+    )  # fmt: skip
+    assert with_it["loss"] == without["loss"]
+    assert with_it["weights"] == without["weights"]
+    splits = debug_job(family).multimodal.validation_splits
+    assert set(with_it["validation"]) == {(s, split) for s in (1, 2, 3) for split in splits}
+    assert all(math.isfinite(loss) for loss in with_it["validation"].values())
+
+
+@pytest.mark.parametrize("option", ["full", "selective", "op"])
+def test_activation_checkpointing_changes_nothing(option, tmp_path):
+    mode = {"full": ["--activation_checkpoint.mode=full"],
+            "selective": ["--activation_checkpoint.mode=selective"],
+            "op": ["--activation_checkpoint.mode=selective",
+                   "--activation_checkpoint.selective_ac_option=op"]}  # fmt: skip
+    for family in FAMILIES:
+        args = (*QUICK, "--training.steps=2", "--lr_scheduler.warmup_steps=1")
+        (plain,) = run_ranks(
+            train, 1, family, *args, f"--job.dump_folder={tmp_path}/plain", init=False
+        )
+        (saved,) = run_ranks(
+            train, 1, family, *args, *mode[option], f"--job.dump_folder={tmp_path}/ac", init=False
+        )
+        assert saved["loss"] == plain["loss"]
+        assert saved["weights"] == plain["weights"]
+
+
+def test_threads_of_a_rank_are_limited():
+    assert run_ranks(torch.get_num_threads, 1, init=False) == [1]

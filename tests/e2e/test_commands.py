@@ -1,0 +1,87 @@
+"""The commands of the README, as a user gives them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gang import free_port
+from tests.jobs import ROOT, TRAIN_CONFIGS
+from torchtitan_mixtures.models import FAMILIES
+
+pytestmark = pytest.mark.e2e
+
+SMALL = (
+    "--training.seq_len=256", "--validation.seq_len=256", "--metrics.log_freq=1",
+    "--training.steps=3", "--lr_scheduler.warmup_steps=1", "--validation.steps=1",
+)  # fmt: skip
+
+
+def run(command: list[str], timeout: float = 240, **environment: str) -> str:
+    """Run a command in the environment of this interpreter; return all it printed."""
+    result = subprocess.run(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=timeout, stdin=subprocess.DEVNULL,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-5000:]
+    return result.stdout
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+        f"--master-port={free_port()}", "--local-ranks-filter=0", "--tee=3",
+        "-m", "torchtitan_mixtures.train", *arguments,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torchrun_trains_on_two_processes_and_writes_metrics(family, tmp_path):
+    config = str(TRAIN_CONFIGS / family / "debugmodel.toml")
+    output = run(
+        torchrun(2, "--config", config, *SMALL, f"--job.dump_folder={tmp_path}"),
+        OMP_NUM_THREADS="1",
+    )
+    assert "Applied FSDP to the model" in output
+    assert re.search(r"step:  3 .*loss: .*grad_norm: .*tps: ", output)
+    assert re.search(r"validate step:  1 .*loss: ", output)
+    assert list(tmp_path.glob("tb/*/events.out.tfevents*"))
+    assert (tmp_path / "checkpoint" / "step-3" / "config.json").is_file()
+    assert (tmp_path / "checkpoint" / "step-3" / ".metadata").is_file()
+
+
+def test_train_script_takes_a_configuration_and_overrides(tmp_path):
+    config = str(TRAIN_CONFIGS / "mot" / "debugmodel_dense.toml")
+    output = run(
+        ["bash", "scripts/train.sh", config, *SMALL, f"--job.dump_folder={tmp_path}"],
+        VIRTUAL_ENV=sys.prefix,
+    )
+    assert "step:  3" in output
+    assert "debugmodel_dense" in output
+
+
+def test_train_script_shows_one_clear_message_for_bad_input():
+    command = ["bash", "scripts/train.sh", "--model.flavor", "9B"]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                          "VIRTUAL_ENV": sys.prefix},
+    )  # fmt: skip
+    printed = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert printed.count("error: model.flavor = '9B'") == 1
+    assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_are_clean_shell():
+    scripts = [str(p) for p in (ROOT / "scripts").glob("*.sh")] + [str(ROOT / ".ci" / "run")]
+    run(["shellcheck", "-x", *scripts])

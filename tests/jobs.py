@@ -1,0 +1,32 @@
+"""Job configurations for tests, made the way users make them: a TOML and overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import ConfigManager
+
+ROOT = Path(__file__).parent.parent
+TRAIN_CONFIGS = ROOT / "train_configs"
+
+
+def all_configs() -> list[Path]:
+    """List every TOML of the repository."""
+    return sorted(TRAIN_CONFIGS.glob("*/*.toml"))
+
+
+def load_job(config: Path, *overrides: str) -> Any:
+    """Parse a TOML with TorchTitan's own manager, as `torchtitan.train` would."""
+    return ConfigManager().parse_args([f"--job.config_file={config}", *overrides])
+
+
+def debug_job(family: str, *overrides: str) -> Any:
+    """Parse a family's debug configuration, small enough for a test of a few seconds."""
+    small = (
+        "--training.seq_len=256",
+        "--training.local_batch_size=2",
+        "--validation.seq_len=256",
+        "--metrics.log_freq=1",
+    )
+    return load_job(TRAIN_CONFIGS / family / "debugmodel.toml", *small, *overrides)

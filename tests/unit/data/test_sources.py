@@ -1,0 +1,383 @@
+"""Sources: sharding, order, exact resumption, and what happens to bad samples."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.data.fakes import GreyTokenizer, RandomSource
+from torchtitan_mixtures.data import datasets_source, samples
+from torchtitan_mixtures.data.images import decode_image
+from torchtitan_mixtures.data.samples import choose_caption
+from torchtitan_mixtures.data.sources import Document, Source, build_source
+from torchtitan_mixtures.job_config import Multimodal
+
+
+@pytest.fixture(autouse=True)
+def quiet_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep what `datasets` caches in the test's folder, and its progress bars off."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def png(brightness: int = 128, size: int = 8, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (brightness,) * 3).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def rows(count: int, bad: dict[int, Any] | None = None) -> list[dict[str, Any]]:
+    bad = bad or {}
+    return [
+        {"image": {"bytes": bad.get(i, png(i % 256)), "path": f"{i}.png"}, "caption": f"row {i}"}
+        for i in range(count)
+    ]
+
+
+def write_parquet(
+    folder: Path, table: list[dict[str, Any]], files: int = 4, split: str = "train"
+) -> str:
+    folder.mkdir(exist_ok=True)
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "caption": datasets.Value("string")}
+    )
+    for number in range(files):
+        part = datasets.Dataset.from_list(table[number::files], features=features)
+        part = part.cast_column("image", datasets.Image())
+        part.to_parquet(folder / f"{split}-{number:05d}-of-{files:05d}.parquet")
+    return str(folder)
+
+
+def build(path: str, split: str = "train", is_endless: bool = True, **options: Any) -> Source:
+    config = Multimodal(source="datasets", path=path, **options)
+    return build_source(config, split, GreyTokenizer(), is_endless)
+
+
+def caption(document: Document) -> str:
+    return next(segment.payload for segment in document.segments if segment.modality == "text")
+
+
+def content(document: Document) -> tuple[Any, ...]:
+    """A document as something that compares."""
+    return document.key, *(
+        s.payload if isinstance(s.payload, str) else (s.payload.shape, s.payload.tobytes())
+        for s in document.segments
+    )
+
+
+def take(source: Source, count: int, shard: int = 0, num_shards: int = 1) -> list[Document]:
+    return list(itertools.islice(source.documents(shard, num_shards), count))
+
+
+# --- sources with an index ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 20])
+def test_shards_are_disjoint_and_cover_every_epoch(num_shards: int) -> None:
+    # 10 documents; as many epochs as make whole rounds of all shards
+    keys: list[str] = []
+    for shard in range(num_shards):
+        taken = take(RandomSource(10, 0, True), 10, shard, num_shards)
+        keys += [document.key for document in taken]
+    epochs = [[f"{e}:{i}" for i in range(10)] for e in range(num_shards)]
+    assert sorted(keys) == sorted(itertools.chain(*epochs))
+
+
+def test_epochs_are_shuffled_anew_and_seeds_differ() -> None:
+    keys = [document.key for document in take(RandomSource(50, 0, True), 150)]
+    orders = [[key.split(":")[1] for key in keys[i : i + 50]] for i in (0, 50, 100)]
+    other = [d.key.split(":")[1] for d in take(RandomSource(50, 1, True), 50)]
+    assert len({tuple(order) for order in (*orders, other)}) == 4
+
+
+def test_finite_pass_is_ordered_and_repeats() -> None:
+    first, second = (take(RandomSource(10, 0, False), 99) for _ in range(2))
+    assert [document.key for document in first] == [f"0:{i}" for i in range(10)]
+    assert [content(document) for document in first] == [content(document) for document in second]
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+def test_state_of_an_indexed_source_continues_exactly(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "data", rows(30, bad={3: b"broken"}))
+    check_resumption(lambda: build(path, max_bad_fraction=0.2), 100)
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_state_of_a_stream_continues_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, num_shards: int
+) -> None:
+    monkeypatch.setattr(datasets_source, "SHUFFLE_BLOCK", block)
+    path = write_parquet(tmp_path / "data", rows(50, bad={3: b"broken"}))
+    make = lambda: build(path, streaming=True, max_bad_fraction=0.2)  # noqa: E731
+    check_resumption(make, 120, num_shards - 1, num_shards)
+
+
+def check_resumption(make: Any, count: int, shard: int = 0, num_shards: int = 1) -> None:
+    whole = [content(document) for document in take(make(), count + 9, shard, num_shards)]
+    source = make()
+    documents = source.documents(shard, num_shards)
+    for cut in range(count):
+        if cut % 7 == 0:
+            resumed = make()
+            resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
+            following = take(resumed, 9, shard, num_shards)
+            assert [content(document) for document in following] == whole[cut : cut + 9]
+        next(documents)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_data_set_is_covered_and_reshuffled(
+    tmp_path: Path, streaming: bool, num_shards: int
+) -> None:
+    path = write_parquet(tmp_path / "data", rows(48))
+    epochs: list[list[str]] = [[], []]
+    for shard in range(num_shards):
+        taken = take(build(path, streaming=streaming), 2 * 48 // num_shards, shard, num_shards)
+        half = len(taken) // 2
+        epochs[0] += map(caption, taken[:half])
+        epochs[1] += map(caption, taken[half:])
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(f"row {i}" for i in range(48))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_pass_is_finite_ordered_and_repeats(tmp_path: Path, streaming: bool) -> None:
+    path = write_parquet(tmp_path / "data", rows(20), files=1, split="validation")
+    write_parquet(tmp_path / "data", rows(3), files=1)
+    passes = [
+        take(build(path, "validation", is_endless=False, streaming=streaming), 99) for _ in range(2)
+    ]
+    assert [caption(document) for document in passes[0]] == [f"row {i}" for i in range(20)]
+    assert [content(d) for d in passes[0]] == [content(d) for d in passes[1]]
+
+
+def test_modalities_come_in_both_orders(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "data", rows(40))
+    firsts = Counter(document.segments[0].modality for document in take(build(path), 40))
+    assert 8 < firsts["text"] < 32
+
+
+def open_saved(folder: Path) -> dict[str, Any]:
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(8))}).save_to_disk(folder)
+    return {"path": str(folder)}
+
+
+def open_saved_alone(folder: Path) -> dict[str, Any]:
+    datasets.Dataset.from_list(rows(8)).save_to_disk(folder)
+    return {"path": str(folder)}
+
+
+def open_image_folder(folder: Path) -> dict[str, Any]:
+    (folder / "train").mkdir(parents=True)
+    lines = []
+    for number, row in enumerate(rows(8)):
+        (folder / "train" / f"{number}.png").write_bytes(row["image"]["bytes"])
+        lines.append(json.dumps({"file_name": f"{number}.png", "caption": row["caption"]}))
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    return {"path": str(folder)}
+
+
+def open_json_with_paths(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    lines = []
+    for number, row in enumerate(rows(8)):
+        (folder / f"{number}.png").write_bytes(row["image"]["bytes"])
+        image = str(folder / f"{number}.png")
+        lines.append(json.dumps({"image": image, "caption": [row["caption"], row["caption"]]}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    return {"path": str(folder / "train.jsonl")}
+
+
+def open_format(folder: Path) -> dict[str, Any]:
+    write_parquet(folder, rows(8), files=2)
+    return {"path": "parquet", "data_files": sorted(map(str, folder.glob("*.parquet")))}
+
+
+def open_tar(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for number, row in enumerate(rows(8)):
+            members = {"png": row["image"]["bytes"], "txt": row["caption"].encode()}
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return {"path": str(folder / "a.tar"), "image_column": "png", "caption_column": "txt"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [open_saved, open_saved_alone, open_image_folder, open_json_with_paths, open_format, open_tar],
+)
+def test_every_kind_of_path_opens(tmp_path: Path, write: Any, streaming: bool) -> None:
+    options = write(tmp_path / "data")
+    make = lambda: build(streaming=streaming, **options)  # noqa: E731
+    documents = take(make(), 8)
+    assert sorted(map(caption, documents)) == [f"row {i}" for i in range(8)]
+    shapes = {s.payload.shape for d in documents for s in d.segments if s.modality == "image"}
+    assert shapes == {(8, 8, 3)}
+    check_resumption(make, 15)
+
+
+# --- bad samples ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_images_are_skipped_counted_and_logged(
+    tmp_path: Path,
+    streaming: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(samples.logger, "propagate", True)
+    bad = {5: b"not an image", 17: png(9, size=64)[:100], 30: b""}
+    path = write_parquet(tmp_path / "data", rows(60, bad))
+    source = build(path, streaming=streaming, max_bad_fraction=0.1)
+    with caplog.at_level(logging.WARNING):
+        documents = take(source, 57)
+    captions = set(map(caption, documents))
+    assert captions == {f"row {i}" for i in range(60)} - {"row 5", "row 17", "row 30"}
+    assert source.state_dict()["reader"]["bad"] == 3
+    for name in ("5.png", "17.png", "30.png"):
+        assert any(name in record.message for record in caplog.records), name
+
+
+def test_too_many_bad_samples_stop_the_run_at_the_limit(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "data", rows(400, {i: b"x" for i in range(0, 400, 10)}))
+    with pytest.raises(
+        ValueError,
+        match=r"of \d+ samples \(.*%\) of split \"train\" are bad; "
+        r"multimodal\.max_bad_fraction = 0\.05 allows 5\.0%\. Among them: .*png",
+    ):
+        take(build(path, max_bad_fraction=0.05), 10_000)
+    taken = take(build(path, max_bad_fraction=0.2), 800)  # below the limit it goes on
+    assert len(taken) == 800
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_small_data_is_judged_at_the_end_of_an_epoch(tmp_path: Path, streaming: bool) -> None:
+    path = write_parquet(tmp_path / "data", rows(20, {3: b"x", 4: b"x"}))
+    with pytest.raises(ValueError, match=r"2 of 20 samples \(10\.0%\)"):
+        take(build(path, streaming=streaming, max_bad_fraction=0.05), 100)
+    with pytest.raises(ValueError, match=r"2 of 20 samples"):
+        take(build(path, is_endless=False, streaming=streaming, max_bad_fraction=0.05), 100)
+    assert len(take(build(path, streaming=streaming, max_bad_fraction=0.1), 60)) == 60
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_all_bad_stops_whatever_the_limit(tmp_path: Path, streaming: bool) -> None:
+    path = write_parquet(tmp_path / "data", rows(8, {i: b"x" for i in range(8)}))
+    with pytest.raises(ValueError, match=r"8 of 8 samples \(100\.0%\)"):
+        take(build(path, streaming=streaming, max_bad_fraction=1.0), 1)
+
+
+def test_bad_captions_count(tmp_path: Path) -> None:
+    table = rows(10)
+    table[2]["caption"], table[4]["caption"] = None, "  "
+    path = write_parquet(tmp_path / "data", table)
+    source = build(path, max_bad_fraction=0.5)
+    assert len(set(map(caption, take(source, 8)))) == 8
+    assert source.state_dict()["reader"]["bad"] == 2
+
+
+@pytest.mark.parametrize("value", [None, "", " ", 3, [], [None, ""], {"a": "b"}])
+def test_bad_caption_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="the caption is"):
+        choose_caption(value, 0.5)
+
+
+def test_caption_is_drawn_from_a_list() -> None:
+    assert choose_caption("one", 0.99) == "one"
+    assert [choose_caption(["a", None, "b"], draw) for draw in (0, 0.49, 0.5, 0.99)] == list("aabb")
+
+
+def test_decompression_bomb_is_a_bad_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = write_parquet(tmp_path / "data", rows(20, {3: png(1, 12), 4: png(1, 64)}))
+    source = build(path, max_bad_fraction=0.5)
+    assert len(take(source, 18)) == 18
+    assert source.state_dict()["reader"]["bad"] == 2
+
+
+def test_images_are_put_on_white_cropped_and_resized() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (decode_image(clear, 4) == 255).all()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30])
+    palette.info["transparency"] = 0
+    assert (decode_image(palette, 4) == 255).all()
+    wide = Image.new("RGB", (24, 8), "red")
+    wide.paste((0, 0, 255), (8, 0, 16, 8))
+    assert (decode_image(wide, 4) == (0, 0, 255)).all()
+    deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+    assert (decode_image(deep, 4) == 40_000 >> 8).all()
+    assert (decode_image(png(77), 4) == 77).all()
+    for value in (None, 3, {"bytes": None, "path": None}):
+        with pytest.raises(ValueError, match="not an image"):
+            decode_image(value, 4)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_columns_are_named(tmp_path: Path, streaming: bool) -> None:
+    path = write_parquet(tmp_path / "data", rows(4))
+    with pytest.raises(
+        ValueError, match=r'multimodal\.image_column = "picture".*its columns are image, caption'
+    ):
+        build(path, streaming=streaming, image_column="picture")
+    with pytest.raises(ValueError, match=r'multimodal\.caption_column = "text"'):
+        build(path, streaming=streaming, caption_column="text")
+
+
+def test_unknown_splits_list_the_known(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "data", rows(4))
+    with pytest.raises(ValueError, match=r'"dev" \(multimodal\.train_split\).*\[\'train\'\]'):
+        build(path, "dev")
+    with pytest.raises(ValueError, match=r'"dev" \(multimodal\.validation_splits\)'):
+        build(path, "dev", is_endless=False)
+    saved = open_saved(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r'train_split: ".*" has no split "dev".*are train'):
+        build(saved["path"], "dev")
+
+
+def test_unusable_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"multimodal\.path is empty"):
+        build("")
+    (tmp_path / "a.xyz").write_text("")
+    with pytest.raises(ValueError, match=r"cannot tell the format of a \.xyz file"):
+        build(str(tmp_path / "a.xyz"))
+    with pytest.raises(ValueError, match=r'multimodal\.path = ".*nothing": there is no such file'):
+        build(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r'multimodal\.path = "no-such-format"'):
+        build("no-such-format")
+
+
+def test_stream_with_too_few_samples_for_a_shard(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "data", rows(2), files=1)
+    with pytest.raises(ValueError, match=r"share 2 of 3 .*has no samples; use fewer ranks"):
+        take(build(path, streaming=True), 1, 2, 3)

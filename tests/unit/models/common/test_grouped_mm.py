@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchtitan_mixtures.models.common.grouped_mm import grouped_mm
+
+
+def loop(x, weight, ends):
+    stops = ends.tolist()
+    starts = [0, *stops[:-1]]
+    pairs = zip(starts, stops, weight, strict=True)
+    return torch.cat([x[start:stop] @ matrix for start, stop, matrix in pairs])
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("stops", [[8, 24, 40], [0, 40, 40], [3, 4, 40]])
+@pytest.mark.parametrize("width", [16, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equals_a_loop_with_all_gradients(dtype, width, stops, is_transposed):
+    ends = torch.tensor(stops, dtype=torch.int32)
+    x = torch.randn(40, width, dtype=dtype)
+    weight = torch.randn(3, width, 2 * width, dtype=dtype)
+    if is_transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    results = []
+    for function in (grouped_mm, loop):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        output = function(*inputs, ends)
+        output.sum().backward()  # a gradient of stride zero
+        results.append([output.detach(), *(i.grad for i in inputs)])
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_operator_is_registered_soundly():
+    inputs = (
+        torch.randn(24, 8, requires_grad=True),
+        torch.randn(2, 8, 16).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        torch.tensor([8, 24], dtype=torch.int32),
+    )
+    torch.library.opcheck(grouped_mm, inputs)
+
+
+def test_flops_are_counted_forward_and_backward():
+    x, weight = torch.randn(24, 8, requires_grad=True), torch.randn(2, 8, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        grouped_mm(x, weight, torch.tensor([8, 24], dtype=torch.int32)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 24 * 8 * 16

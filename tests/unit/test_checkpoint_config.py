@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from torchtitan.protocols.train_spec import get_train_spec
+
+from tests.jobs import debug_job
+from torchtitan_mixtures import checkpoint_config
+
+
+def make_checkpoint(tmp_path, step=3, *overrides):
+    """A folder that looks complete to TorchTitan: only names are read here."""
+    job = debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides)
+    args = get_train_spec("mot").model_args[job.model.flavor]
+    args.update_from_config(job)
+    folder = tmp_path / "checkpoint" / f"step-{step}"
+    checkpoint_config.write(folder, job, args)
+    (folder / ".metadata").touch()
+    return folder, job, args
+
+
+def check(tmp_path, *overrides):
+    job = debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides)
+    args = get_train_spec("mot").model_args[job.model.flavor]
+    args.update_from_config(job)
+    checkpoint_config.check_resume(job, args)
+
+
+def test_it_says_what_the_checkpoint_is_of(tmp_path):
+    folder, _, args = make_checkpoint(tmp_path)
+    content = checkpoint_config.read(folder)
+    assert (content["family"], content["flavor"]) == ("mot", "debugmodel")
+    assert content["vocab_ranges"] == {"text": [0, 2048], "image": [2048, 3072]}
+    assert content["parameters"]["tok_embeddings.weight"] == [3072, 256]
+    assert content["model_args"]["dim"] == args.dim
+    assert content["job_config"]["training"]["seq_len"] == 256
+
+
+def test_the_same_flavour_may_resume_and_another_is_named(tmp_path):
+    make_checkpoint(tmp_path)
+    check(tmp_path)
+    with pytest.raises(ValueError, match=r"is a checkpoint of mot/debugmodel, this job is mot/debu"
+                                         r"gmodel_3modality: .* Set model\.flavor"):  # fmt: skip
+        check(tmp_path, "--model.flavor=debugmodel_3modality")
+    with pytest.raises(ValueError, match=r"step-3.*mot/debugmodel_dense"):
+        check(tmp_path, "--model.flavor=debugmodel_dense")
+
+
+def test_a_flavour_with_the_same_parameters_may_resume(tmp_path):
+    make_checkpoint(tmp_path)
+    check(tmp_path, "--model.flavor=debugmodel_flex_attn")
+
+
+def test_a_new_run_needs_no_checkpoint_and_an_asked_for_one_must_exist(tmp_path):
+    check(tmp_path)
+    make_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"step-7 does not exist"):
+        check(tmp_path, "--checkpoint.load_step=7")
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path):
+    make_checkpoint(tmp_path, 3)
+    folder, _, _ = make_checkpoint(tmp_path, 4)
+    (folder / ".metadata").unlink()
+    assert checkpoint_config.latest_checkpoint(tmp_path / "checkpoint").name == "step-3"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"config\.json is missing.*exchange safetensors"),
+        ("{", r"config\.json is not valid JSON"),
+        (json.dumps({"format": 99}), r"not of format 1"),
+        (json.dumps([]), r"not of format 1"),
+    ],
+)
+def test_a_folder_that_is_not_ours_is_refused(tmp_path, content, message):
+    folder, _, _ = make_checkpoint(tmp_path)
+    path = folder / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path)

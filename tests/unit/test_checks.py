@@ -1,0 +1,112 @@
+"""Bad input gets one clear message that names key, value and remedy, before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
+from torchtitan_mixtures.checks import check_arguments, check_job, require_checked
+from torchtitan_mixtures.job_config import Mixture, Multimodal
+
+DEBUG = (TRAIN_CONFIGS / "mot" / "debugmodel.toml").read_text()
+
+
+def write(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return ["--job.config_file", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr = 3e-3", 'lr = "high"', r"optimizer\.lr = 'high': must be a number"),
+        ("lr = 3e-3", "betas = [0.9, 0.95]", r"optimizer\.betas: unknown key; did you mean .*beta"),
+        ("[optimizer]", "[optimiser]", r"optimiser: unknown section; did you mean optimizer"),
+        ("seq_len = 2048", "seq_len = 2048.5", r"training\.seq_len = 2048\.5: must be an integer"),
+        ('source = "emoji"', 'source = "emojis"', r"multimodal\.source = 'emojis': must be one of"),
+        ("scene_fraction = 0.25", "scene_fractoin = 1", r"did you mean multimodal\.scene_fraction"),
+        ("enable = true", "enable = 1", r"enable = 1: must be true or false"),
+        ("[job]", "[job", r"not valid TOML"),
+        ('"torchtitan_mixtures.job_config"', '""', r"custom_config_module = ''"),
+    ],
+)
+def test_a_wrong_toml_is_refused(tmp_path, old, new, message):
+    assert old in DEBUG
+    with pytest.raises(ValueError, match=message):
+        check_arguments(write(tmp_path, DEBUG.replace(old, new, 1)))
+
+
+def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.toml: cannot be read \(No such file"):
+        check_arguments(["--job.config_file=nowhere.toml"])
+    with pytest.raises(ValueError, match=r"pass --config FILE\.toml"):
+        check_arguments(["--training.steps=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--model.flavor=8B"], r"model\.flavor = '8B'.*debugmodel.*70B_3modality"),
+        (["--model.name=llama3"], r"model\.name = 'llama3': this plugin has mot"),
+        (["--multimodal.source=datasets"], r'multimodal\.path = ""'),
+        (["--multimodal.image_tokenizer=vq"], r"emoji_32px.*emoji_64px"),
+        (["--multimodal.text_weight=0", "--multimodal.image_weight=0"], r"nothing would be"),
+        (["--multimodal.validation_splits=val"], r"validation_splits = 'val': .*unseen_concept"),
+        (["--multimodal.train_split=all"], r"multimodal\.train_split = 'all': .*are train, unseen"),
+        (["--training.global_batch_size=3"], r"global_batch_size = 3: must be -1 or a multiple"),
+        (["--parallelism.data_parallel_shard_degree=2"], r"number\s+of processes, 1"),
+        (["--parallelism.expert_parallel_degree=2"], r"expert_parallel_degree = 2"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused(overrides, message, tmp_path):
+    with pytest.raises((ValueError, KeyError), match=message):
+        check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides))
+
+
+def test_values_of_our_sections_are_checked_on_their_own():
+    with pytest.raises(ValueError, match=r"multimodal\.scene_fraction = 2\.0: must be between"):
+        Multimodal(scene_fraction=2.0)
+    with pytest.raises(ValueError, match=r"multimodal\.image_weight = -1\.0: must be a finite"):
+        Multimodal(image_weight=-1.0)
+    with pytest.raises(ValueError, match=r"multimodal\.seed = 'x': must be an integer"):
+        Multimodal(seed="x")
+    with pytest.raises(ValueError, match=r'mixture\.untie = "ffn\+heads": \'heads\' is not one of'):
+        Mixture(untie="ffn+heads")
+
+
+def test_a_compiler_is_asked_for_before_compiling(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("torchtitan_mixtures.device.has_accelerator", lambda: False)
+    job = debug_job("mot", "--compile.enable", f"--job.dump_folder={tmp_path}")
+    with pytest.raises(ValueError, match=r"compile\.enable = true.*needs a C\+\+ compiler"):
+        check_job(job)
+    job = debug_job(
+        "mot", "--compile.enable", "--compile.backend=aot_eager", f"--job.dump_folder={tmp_path}"
+    )
+    check_job(job)
+
+
+def test_only_a_checked_job_may_use_what_needs_our_trainer(tmp_path):
+    job = debug_job("mot", f"--job.dump_folder={tmp_path}")
+    with pytest.raises(ValueError, match=r"launch with -m torchtitan_mixtures\.train"):
+        require_checked(job, "this")
+    check_job(job)
+    require_checked(job, "this")
+
+
+def test_the_command_prints_one_message_and_no_traceback():
+    config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
+    result = subprocess.run(
+        [sys.executable, "-m", "torchtitan_mixtures.train", "--config", config,
+         "--model.flavor", "9B"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "error: model.flavor = '9B'" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,134 @@
+"""`config.json`: what a checkpoint is of, in a form that every tool can read.
+
+TorchTitan's checkpoints hold tensors under names; nothing in them says of which model. Each
+checkpoint folder of this project also holds a `config.json`:
+
+    {"format": 1, "family": "mot", "flavor": "debugmodel",
+     "model_args": {...}, "vocab_ranges": {"text": [0, 2048], ...},
+     "parameters": {"tok_embeddings.weight": [3072, 256], ...}, "job_config": {...}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.config import JobConfig
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
+
+FILE_NAME = "config.json"
+FORMAT = 1
+
+
+def parameter_shapes(family: str, model_args: BaseModelArgs) -> dict[str, list[int]]:
+    """List the shape of every parameter of a model, without allocating it."""
+    with torch.device("meta"):
+        model = get_train_spec(family).model_cls(model_args)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def write(folder: str | Path, job_config: JobConfig, model_args: BaseModelArgs) -> None:
+    """Write `config.json` into a checkpoint's folder, complete or not at all."""
+    family = job_config.model.name
+    ranges = dict(zip(model_args.modality_names, model_args.vocab_ranges, strict=True))
+    content = {
+        "format": FORMAT,
+        "family": family,
+        "flavor": job_config.model.flavor,
+        "model_args": dataclasses.asdict(model_args),
+        "vocab_ranges": ranges,
+        "parameters": parameter_shapes(family, model_args),
+        "job_config": job_config.to_dict(),
+    }
+    target = Path(folder) / FILE_NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".json.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, target)
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """Read the `config.json` of a checkpoint's folder.
+
+    Raises:
+        ValueError: The file is missing, not JSON, or of another format; names it.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: {folder} is not a checkpoint that this project wrote. DCP "
+            "folders from elsewhere can run code when they are read; exchange safetensors instead."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not of format {FORMAT}; written by another version?")
+    return content
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Find the complete checkpoint of the highest step below a run's checkpoint folder."""
+    steps: dict[int, Path] = {}
+    for path in Path(folder).glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        complete = (path / ".metadata").is_file() or (
+            path / "model.safetensors.index.json"
+        ).is_file()
+        if match and complete:
+            steps[int(match.group(1))] = path
+    return steps[max(steps)] if steps else None
+
+
+def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
+    """Name the DCP folder that TorchTitan will load for this job, if it will load one."""
+    config = job_config.checkpoint
+    folder = Path(job_config.job.dump_folder) / config.folder
+    if folder.exists():
+        if config.load_step != -1:
+            return folder / f"step-{config.load_step}"
+        return latest_checkpoint(folder)
+    if config.initial_load_path and not config.initial_load_in_hf:
+        return Path(config.initial_load_path)
+    return None
+
+
+def check_resume(job_config: JobConfig, model_args: BaseModelArgs) -> None:
+    """Refuse a job that would load the checkpoint of another model.
+
+    Flavours whose parameters agree in name and shape may load each other's checkpoints (another
+    attention backend, say); that is logged.
+
+    Raises:
+        ValueError: Names the checkpoint, both flavours and the first parameter that differs.
+    """
+    if not job_config.checkpoint.enable:
+        return
+    path = _checkpoint_to_load(job_config)
+    if path is None:
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist: no such checkpoint to load.")
+    saved = read(path)
+    ours = f"{job_config.model.name}/{job_config.model.flavor}"
+    theirs = f"{saved['family']}/{saved['flavor']}"
+    shapes = parameter_shapes(job_config.model.name, model_args)
+    names = [*shapes, *(name for name in saved["parameters"] if name not in shapes)]
+    for name in names:
+        if shapes.get(name) != saved["parameters"].get(name):
+            raise ValueError(
+                f"{path} is a checkpoint of {theirs}, this job is {ours}: {name} is "
+                f"{saved['parameters'].get(name, 'absent')} there and "
+                f"{shapes.get(name, 'absent')} here. Set model.flavor and the tokenizers as they "
+                "were, or another job.dump_folder."
+            )
+    if ours != theirs:
+        logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")

@@ -1,0 +1,211 @@
+"""Start-up checks: everything that can be known to be wrong before work begins.
+
+Each check raises a `ValueError` that names the key, its value and what is allowed. Checks of one
+key of our own sections are in `job_config.py`; these need the TOML file or several keys at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_mixtures import checkpoint_config, device
+from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
+from torchtitan_mixtures.data import emoji
+from torchtitan_mixtures.models import FAMILIES
+
+CONFIG_MODULE = "torchtitan_mixtures.job_config"
+CHECKED = "_checked_by_torchtitan_mixtures"
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Check the TOML named on the command line: that it can be read, its keys and its types.
+
+    Args:
+        arguments: The command line after the program's name, with `--job.config_file`.
+    """
+    path = _config_file(arguments)
+    if path is None:
+        if "--help" in arguments or "-h" in arguments:
+            return
+        raise ValueError(
+            "no configuration: pass --config FILE.toml (see train_configs/), for example "
+            "--config train_configs/mot/debugmodel.toml."
+        )
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid TOML: {error}") from None
+    module = table.get("job", {}).get("custom_config_module") if isinstance(table, dict) else None
+    if module != CONFIG_MODULE:
+        raise ValueError(
+            f"job.custom_config_module = {module!r} in {path}: must be {CONFIG_MODULE!r}, which "
+            "adds this plugin's sections."
+        )
+    merged = ConfigManager._merge_configs(JobConfig, importlib.import_module(module).JobConfig)
+    try:
+        check_table(merged, table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config_file(arguments: Sequence[str]) -> str | None:
+    keys = ("--job.config_file", "--job.config-file")
+    for index, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if key in keys:
+            if equals:
+                return value
+            return arguments[index + 1] if index + 1 < len(arguments) else ""
+    return None
+
+
+def check_job(job_config: JobConfig) -> None:
+    """Check a complete job configuration; the result is noted on it.
+
+    Raises:
+        ValueError: Names the key, its value and what is allowed.
+    """
+    if getattr(job_config, CHECKED, False):
+        return
+    if not hasattr(job_config, "multimodal"):
+        raise ValueError(
+            f"job.custom_config_module = {job_config.job.custom_config_module!r}: must be "
+            f"{CONFIG_MODULE!r}, which adds this plugin's sections."
+        )
+    _check_types(job_config, "")
+    model_args = _model_args(job_config)
+    _check_data(job_config, model_args)
+    _check_parallelism(job_config)
+    _check_compile(job_config)
+    checkpoint_config.check_resume(job_config, model_args)
+    setattr(job_config, CHECKED, True)
+
+
+def require_checked(job_config: JobConfig, what: str) -> None:
+    """Refuse `what` in a job that another trainer than ours runs.
+
+    Raises:
+        ValueError: The job did not pass `check_job`: it runs under TorchTitan's own trainer.
+    """
+    if not getattr(job_config, CHECKED, False):
+        raise ValueError(f"{what} needs our trainer: launch with -m torchtitan_mixtures.train.")
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    """Check the types of all values: the command line's parser checks its own, a TOML has none."""
+    for key in dataclasses.fields(section):
+        value = getattr(section, key.name)
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{prefix}{key.name}.")
+        elif not matches_type(value, key.type):
+            raise ValueError(f"{prefix}{key.name} = {value!r}: must be {describe_type(key.type)}.")
+
+
+def _model_args(job_config: JobConfig) -> BaseModelArgs:
+    """Look up and complete the flavour's arguments; unknown names list the known ones."""
+    name = job_config.model.name
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model.name = {name!r}: this plugin has {', '.join(FAMILIES)}. TorchTitan's own "
+            "models are launched with -m torchtitan.train."
+        )
+    try:
+        model_args = get_train_spec(name).model_args[job_config.model.flavor]
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    model_args.update_from_config(job_config)
+    return model_args
+
+
+def _check_data(job_config: JobConfig, model_args: Any) -> None:
+    data: Any = job_config.multimodal  # pyrefly: ignore [missing-attribute]
+    if data.source == "datasets" and not data.path:
+        raise ValueError(
+            'multimodal.path = "": multimodal.source = "datasets" needs a hub name, a local '
+            "folder or a file."
+        )
+    if job_config.validation.enable and not data.validation_splits:
+        raise ValueError(
+            "multimodal.validation_splits = []: validation.enable = true needs at least one split."
+        )
+    splits = {"train_split": [data.train_split]}
+    if job_config.validation.enable:
+        splits["validation_splits"] = data.validation_splits
+    for key, names in splits.items():
+        for name in names:
+            if data.source == "emoji" and name not in emoji.SPLITS:
+                raise ValueError(
+                    f"multimodal.{key} = {name!r}: the splits of the embedded corpus are "
+                    f"{', '.join(emoji.SPLITS)}."
+                )
+    if data.text_weight == 0 and data.image_weight == 0:
+        raise ValueError(
+            "multimodal.text_weight = 0 and multimodal.image_weight = 0: nothing would be "
+            "supervised; raise one of them."
+        )
+    if getattr(model_args, "bidirectional_images", False) and data.image_weight > 0:
+        raise ValueError(
+            f"multimodal.image_weight = {data.image_weight}: this flavour lets image positions "
+            "see later ones of their image, which would show them their own targets; set it to 0."
+        )
+
+
+def _check_parallelism(job_config: JobConfig) -> None:
+    """Check the degrees against the number of processes and the batch sizes against them."""
+    config = job_config.parallelism
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    unsupported = {
+        "tensor_parallel_degree": config.tensor_parallel_degree,
+        "context_parallel_degree": config.context_parallel_degree,
+        "pipeline_parallel_degree": config.pipeline_parallel_degree,
+    }
+    for key, degree in unsupported.items():
+        if degree > 1:
+            raise ValueError(f"parallelism.{key} = {degree}: not supported yet; set it to 1.")
+    for key in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+        if getattr(config, key) != 1:
+            raise ValueError(
+                f"parallelism.{key} = {getattr(config, key)}: no family of this plugin has routed "
+                "experts to distribute; set it to 1."
+            )
+    replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
+    fits = world % replicate == 0 if shard == -1 else replicate * shard == world
+    if replicate < 1 or not fits:
+        raise ValueError(
+            f"parallelism.data_parallel_replicate_degree = {replicate}, "
+            f"parallelism.data_parallel_shard_degree = {shard}: their product must be the number "
+            f"of processes, {world} (a shard degree of -1 takes what is left)."
+        )
+    local, wanted = job_config.training.local_batch_size, job_config.training.global_batch_size
+    if local < 1 or (wanted >= 0 and (wanted == 0 or wanted % (local * world))):
+        raise ValueError(
+            f"training.global_batch_size = {wanted}: must be -1 or a multiple of "
+            f"training.local_batch_size ({local}) x data-parallel ranks ({world}) = "
+            f"{local * world}."
+        )
+
+
+def _check_compile(job_config: JobConfig) -> None:
+    config = job_config.compile
+    if not config.enable or config.backend != "inductor" or device.has_accelerator():
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        raise ValueError(
+            "compile.enable = true: on a CPU the inductor backend needs a C++ compiler, and "
+            f"neither {compiler} nor clang++ is on PATH. Install one, set compile.backend = "
+            '"aot_eager" (no speed-up), or compile.enable = false.'
+        )

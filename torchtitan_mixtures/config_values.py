@@ -1,0 +1,88 @@
+"""Type checks for configuration values: TorchTitan itself does not check those of a TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, Union
+
+
+def matches_type(value: Any, expected: Any) -> bool:
+    """Say whether a configuration value may stand where its field's annotation says `expected`.
+
+    An int may stand for a float; a bool may not stand for an int.
+    """
+    origin = typing.get_origin(expected)
+    if expected is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in expected.__args__)
+    if origin in (Union, types.UnionType):
+        return any(matches_type(value, choice) for choice in expected.__args__)
+    if origin in (list, tuple):
+        item = expected.__args__[0] if expected.__args__ else Any
+        return isinstance(value, (list, tuple)) and all(matches_type(v, item) for v in value)
+    if origin is dict or expected is dict:
+        return isinstance(value, dict)
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(expected, type) or isinstance(value, expected)
+
+
+def describe_type(expected: Any) -> str:
+    """Say in words what values a field's annotation admits."""
+    origin = typing.get_origin(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in expected.__args__)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(choice) for choice in expected.__args__)
+    if origin in (list, tuple) and expected.__args__:
+        return f"a list of {describe_type(expected.__args__[0])}"
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(expected, getattr(expected, "__name__", str(expected)))
+
+
+def check_value(key: str, value: Any, expected: Any) -> None:
+    """Raise a `ValueError` that names the key if `value` is not of the type `expected`."""
+    if not matches_type(value, expected):
+        raise ValueError(f"{key} = {value!r}: must be {describe_type(expected)}.")
+
+
+def check_section(name: str, section: Any) -> None:
+    """Check every value of a section (a dataclass instance) against its annotation."""
+    for key in dataclasses.fields(section):
+        check_value(f"{name}.{key.name}", getattr(section, key.name), key.type)
+
+
+def check_table(config_class: type, table: dict[str, Any], prefix: str = "") -> None:
+    """Check a parsed TOML table against a configuration dataclass.
+
+    Args:
+        config_class: Dataclass whose fields name the allowed keys and their types.
+        table: The parsed TOML.
+        prefix: Dotted path of the table, for messages.
+
+    Raises:
+        ValueError: Names the first unknown key (with the nearest known ones) or the first value
+            of a wrong type.
+    """
+    known = {key.name: key.type for key in dataclasses.fields(config_class)}
+    for key, value in table.items():
+        path = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+            what = "section" if not prefix else "key"
+            raise ValueError(
+                f"{path}: unknown {what}; did you mean {', '.join(prefix + n for n in near)}?"
+            )
+        expected = known[key]
+        if isinstance(expected, type) and dataclasses.is_dataclass(expected):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path} = {value!r}: must be a section, [{path}].")
+            check_table(expected, value, f"{path}.")
+        else:
+            check_value(path, value, expected)

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, packing and loading: everything between a file and a batch."""

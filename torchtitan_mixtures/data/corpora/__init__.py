@@ -1,0 +1,1 @@
+"""Corpora that ship inside the package, and the builders that made them."""

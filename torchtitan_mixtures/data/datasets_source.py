@@ -1,0 +1,212 @@
+"""Documents from anything that `datasets.load_dataset` opens, local or remote, streamed or not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets.distributed import split_dataset_by_node
+
+from torchtitan_mixtures.data.opening import keep_columns, open_split
+from torchtitan_mixtures.data.samples import SampleReader
+from torchtitan_mixtures.data.sources import (
+    Document,
+    IndexedSource,
+    Source,
+    document_rng,
+    epoch_order,
+)
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.job_config import Multimodal
+
+SHUFFLE_BLOCK = 1024
+"""Samples of a stream that are shuffled together; still undecoded while they wait."""
+
+_IDENTITY = (
+    *("source", "path", "name", "data_files", "streaming", "seed"),
+    *("image_column", "caption_column"),
+)  # keys on which the documents and their order depend
+
+# `datasets` warns that its shuffle buffer is lost on resume. Ours holds one sample, already used.
+logging.getLogger("datasets.iterable_dataset").addFilter(
+    lambda record: "state dict of a shuffle buffer" not in record.getMessage()
+)
+
+
+class MappedSource(IndexedSource):
+    """Samples with an index: every epoch visits all of them in a new global order.
+
+    Args:
+        data: The split; only the columns needed, images not decoded.
+        reader: Turns samples into documents.
+        config: The `[multimodal]` section.
+        split: Name of the split, for the fingerprint.
+        is_endless: See `Source`.
+    """
+
+    def __init__(
+        self,
+        data: datasets.Dataset,
+        reader: SampleReader,
+        config: Multimodal,
+        split: str,
+        is_endless: bool,
+    ) -> None:
+        super().__init__(len(data), config.seed, is_endless)
+        self._data = data
+        self._reader = reader
+        self._identity = _identity(config, split)
+
+    def build_document(self, epoch: int, index: int) -> Document | None:
+        """Read one sample; None if it is bad."""
+        return self._reader.read(self._data[index], epoch, index)
+
+    def end_epoch(self) -> None:
+        """Judge the share of bad samples."""
+        self._reader.end_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Source.state_dict`."""
+        return {**super().state_dict(), "reader": self._reader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Source.load_state_dict`."""
+        super().load_state_dict(state)
+        self._reader.load_state_dict(state["reader"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`."""
+        return {**self._identity, "samples in the split": self.num_documents}
+
+
+class StreamedSource:
+    """Samples without an index: files in a new order each epoch, samples shuffled in blocks.
+
+    The shuffle buffer of `datasets` is lost on resume. Here a block of samples is read, shuffled
+    by a permutation that follows from (seed, epoch, shard, block), and handed out; the state is
+    where the block began and how far it is handed out, so resuming reads the block again and
+    continues exactly. The first block of an epoch has a random length: otherwise the same samples
+    would share a block in every epoch.
+
+    Args:
+        data: The split; only the columns needed, images not decoded.
+        reader: Turns samples into documents.
+        config: The `[multimodal]` section.
+        split: Name of the split, for the fingerprint.
+        is_endless: See `Source`.
+    """
+
+    def __init__(
+        self,
+        data: datasets.IterableDataset,
+        reader: SampleReader,
+        config: Multimodal,
+        split: str,
+        is_endless: bool,
+    ) -> None:
+        self.is_endless = is_endless
+        self._data = data
+        self._reader = reader
+        self._seed = config.seed
+        self._identity = _identity(config, split)
+        self._epoch = 0
+        self._block = 0  # blocks of the epoch that are finished
+        self._block_start: dict[str, Any] | None = None  # state of `data` there; None: the start
+        self._num_taken = 0  # samples of the block that are handed out
+
+    def documents(self, shard: int, num_shards: int) -> Iterator[Document]:
+        """See `Source.documents`."""
+        while True:
+            for number, sample in self._epoch_samples(shard, num_shards):
+                document = self._reader.read(sample, self._epoch, f"{shard}.{number}")
+                if document is not None:
+                    yield document
+            self._check_share(shard, num_shards)
+            self._reader.end_epoch()
+            self._epoch, self._block, self._block_start, self._num_taken = (
+                self._epoch + 1,
+                0,
+                None,
+                0,
+            )
+            if not self.is_endless:
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Source.state_dict`."""
+        return {
+            "epoch": self._epoch,
+            "block": self._block,
+            "block_start": self._block_start,
+            "num_taken": self._num_taken,
+            "reader": self._reader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Source.load_state_dict`."""
+        self._epoch, self._block = state["epoch"], state["block"]
+        self._block_start, self._num_taken = state["block_start"], state["num_taken"]
+        self._reader.load_state_dict(state["reader"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`."""
+        return {**self._identity, "files (shards) of the split": self._data.num_shards}
+
+    def _epoch_samples(self, shard: int, num_shards: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rest of this epoch: samples with a number, counted as taken before each yield."""
+        data = self._data
+        if self.is_endless:
+            # A buffer of one sample: this shuffles the files and has nothing to lose on resume.
+            order_seed = document_rng(self._seed, self._epoch, "files").getrandbits(32)
+            data = data.shuffle(order_seed, buffer_size=1, max_buffer_input_shards=1)
+        data = split_dataset_by_node(data, shard, num_shards)
+        if self._block_start is not None:
+            data.load_state_dict(self._block_start)
+        # `iter` and not `__iter__`, which would split by worker once more.
+        rows = (
+            {name: values[0] for name, values in batch.items()} for batch in data.iter(batch_size=1)
+        )
+        while block := list(islice(rows, self._block_size(shard))):
+            next_start = data.state_dict()
+            order = range(len(block))
+            if self.is_endless:
+                order = epoch_order(self._seed, self._epoch, len(block), f"{shard}.{self._block}")
+            for place in order[self._num_taken :]:
+                self._num_taken += 1
+                yield f"{self._block}.{place}", block[place]
+            self._block, self._block_start, self._num_taken = self._block + 1, next_start, 0
+
+    def _block_size(self, shard: int) -> int:
+        if self._block > 0 or not self.is_endless:
+            return SHUFFLE_BLOCK
+        return document_rng(self._seed, self._epoch, f"{shard}.length").randint(1, SHUFFLE_BLOCK)
+
+    def _check_share(self, shard: int, num_shards: int) -> None:
+        if self._block == 0:
+            raise ValueError(
+                f"multimodal.streaming: share {shard} of {num_shards} (data-parallel ranks times "
+                f"training.dataloader.num_workers) of {self._identity['multimodal.path']!r} has no "
+                "samples; use fewer ranks or workers, or more data."
+            )
+
+
+def build_datasets_source(
+    config: Multimodal, split: str, image_size: int, is_endless: bool
+) -> Source:
+    """Open `multimodal.path` and build the source that reads it; see `build_source`."""
+    data = keep_columns(open_split(config, split, is_endless), config)
+    reader = SampleReader(config, split, image_size)
+    if isinstance(data, datasets.IterableDataset):
+        return StreamedSource(data, reader, config, split, is_endless)
+    if not len(data):
+        raise ValueError(f'multimodal.path = "{config.path}": split "{split}" has no samples.')
+    return MappedSource(data, reader, config, split, is_endless)
+
+
+def _identity(config: Multimodal, split: str) -> dict[str, Any]:
+    values = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
+    return {**values, "multimodal.train_split": split}

@@ -1,0 +1,78 @@
+"""Documents from the embedded emoji corpus: a caption and a drawing, or a composed scene."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchtitan_mixtures.data.emoji import SPLITS, EmojiCorpus
+from torchtitan_mixtures.data.sources import (
+    Document,
+    IndexedSource,
+    caption_and_image,
+    document_rng,
+)
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.data.tokenizers import ImageTokenizer
+    from torchtitan_mixtures.job_config import Multimodal
+
+
+class EmojiSource(IndexedSource):
+    """One document per drawing of a split, in a new order and with a new caption each epoch.
+
+    A share of the documents (`multimodal.scene_fraction`) shows a composed scene in place of the
+    drawing. A drawing is encoded when it is first shown, a scene always.
+
+    Args:
+        config: The `[multimodal]` section.
+        split: A split of the corpus.
+        image_tokenizer: Tokenizer of the run.
+        is_endless: See `Source`.
+
+    Raises:
+        ValueError: The corpus has no such split.
+    """
+
+    def __init__(
+        self, config: Multimodal, split: str, image_tokenizer: ImageTokenizer, is_endless: bool
+    ) -> None:
+        if split not in SPLITS:
+            key = "train_split" if is_endless else "validation_splits"
+            raise ValueError(
+                f'multimodal.{key}: the emoji corpus has no split "{split}"; '
+                f"its splits are {', '.join(SPLITS)}."
+            )
+        self._corpus = EmojiCorpus.load()
+        self._drawings = self._corpus.drawings(split)
+        super().__init__(len(self._drawings), config.seed, is_endless)
+        self._config = config
+        self._split = split
+        self._tokenizer = image_tokenizer
+        self._codes: dict[int, NDArray[np.int64]] = {}  # of the drawings shown so far
+
+    def build_document(self, epoch: int, index: int) -> Document:
+        """Build the document of one drawing."""
+        rng = document_rng(self.seed, epoch, index)
+        key = f"emoji:{self._split}[{index}] of epoch {epoch}"
+        if rng.random() < self._config.scene_fraction:
+            scene = self._corpus.compose_scene(rng, self._split, self._tokenizer.image_size)
+            codes = self._tokenizer.encode(scene.image[None])[0]
+            return caption_and_image(rng, scene.caption, codes, key)
+        drawing = self._drawings[index]
+        if index not in self._codes:
+            image = self._corpus.image(drawing, self._tokenizer.image_size)
+            self._codes[index] = self._tokenizer.encode(image[None])[0]
+        return caption_and_image(rng, self._corpus.caption(drawing, rng), self._codes[index], key)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`."""
+        return {
+            "multimodal.source": "emoji",
+            "multimodal.seed": self.seed,
+            "multimodal.train_split": self._split,
+            "multimodal.scene_fraction": self._config.scene_fraction,
+            "drawings in the corpus": self.num_documents,
+        }

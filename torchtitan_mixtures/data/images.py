@@ -1,0 +1,59 @@
+"""Images as files hold them, made into the square RGB pixels that image tokenizers take."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def decode_image(value: Any, size: int) -> NDArray[np.uint8]:
+    """Decode, put on white, crop to the centre square and resize.
+
+    Args:
+        value: A PIL image, `{"bytes", "path"}`, the bytes of a file, or a path (local, or one that
+            `datasets` can open while streaming).
+        size: Height and width of the result.
+
+    Returns:
+        `(size, size, 3)` uint8, RGB.
+
+    Raises:
+        Exception: Whatever Pillow raises on a broken file; `ValueError` for a value of another
+            kind; `DecompressionBombWarning` for a picture that unpacks to an absurd size.
+    """
+    with warnings.catch_warnings():
+        # Pillow only warns up to twice its limit: enough to fill the memory of many workers.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = _open_image(value)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = _to_rgb(image.crop((left, top, left + side, top + side)))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+
+
+def _open_image(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, bytes):
+        value = {"bytes": value, "path": None}
+    elif isinstance(value, str):
+        value = {"bytes": None, "path": value}
+    if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
+        raise ValueError(f"not an image, its bytes or a path but {type(value).__name__}")
+    # Opens local and remote paths, loads all pixels and turns them upright.
+    return datasets.Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit grey values at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")

@@ -1,0 +1,171 @@
+"""Where documents come from: typed segments, the source interface, and sources with an index.
+
+A document is an ordered list of segments, each of one modality. A source hands out the documents of
+one shard (a data-parallel rank, or one worker process of a rank) and can say where it stands, as
+plain JSON, so that a resumed run continues with exactly the next document.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.data.tokenizers import ImageTokenizer
+    from torchtitan_mixtures.job_config import Multimodal
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of a document in one modality.
+
+    `payload` is a string (text), a `(size, size, 3)` uint8 array (an image that is not encoded yet)
+    or a `(codes,)` int64 array (already encoded: codes of the modality's own tokenizer, from 0).
+    """
+
+    modality: str
+    payload: str | NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Segments in reading order, and a key that finds the document again, for messages."""
+
+    segments: tuple[Segment, ...]
+    key: str
+
+
+class Source(Protocol):
+    """A resumable stream of documents."""
+
+    is_endless: bool
+    """True: epoch after epoch, shuffled anew each time. False: once, in a fixed order."""
+
+    def documents(self, shard: int, num_shards: int) -> Iterator[Document]:
+        """Iterate over one of `num_shards` disjoint shares, from the loaded state on.
+
+        A state taken while the iterator is between two documents resumes with the second.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of this shard, as plain JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that a source of the same fingerprint and shard gave."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resumption: TOML keys and values."""
+        ...
+
+
+def document_rng(seed: int, epoch: int, number: int | str) -> random.Random:
+    """The generator of everything that is drawn inside one document.
+
+    It depends on nothing that was drawn before, so a resumed run, another number of workers and
+    another order of reading all draw the same.
+    """
+    return random.Random(f"{seed}/{epoch}/{number}")
+
+
+def epoch_order(seed: int, epoch: int, size: int, name: str = "all") -> NDArray[np.int64]:
+    """The order in which an epoch visits `size` things called `name`, `(size,)`, int64."""
+    seed_of_order = document_rng(seed, epoch, f"{name}.order").getrandbits(64)
+    return np.random.default_rng(seed_of_order).permutation(size)
+
+
+class IndexedSource(ABC):
+    """A source whose documents can be built in any order from their index.
+
+    The documents of all epochs form one endless line, which the shards deal out like cards: shard
+    `s` of `n` takes places s, s + n, s + 2n and so on. So shards are disjoint, together they cover
+    every epoch, and none runs dry even if there are more shards than documents.
+
+    Args:
+        num_documents: Documents of an epoch.
+        seed: Seed of the order and of what is drawn inside documents.
+        is_endless: See `Source`. False: one epoch in index order.
+    """
+
+    def __init__(self, num_documents: int, seed: int, is_endless: bool) -> None:
+        assert num_documents > 0
+        self.num_documents = num_documents
+        self.seed = seed
+        self.is_endless = is_endless
+        self._num_taken = 0  # places of the line that this shard has taken
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # epoch and its order
+
+    @abstractmethod
+    def build_document(self, epoch: int, index: int) -> Document | None:
+        """Build one document, the same one whenever it is asked for; None to skip it."""
+
+    def end_epoch(self) -> None:  # noqa: B027, not every source needs it
+        """Called when this shard has taken its last place of an epoch."""
+
+    def documents(self, shard: int, num_shards: int) -> Iterator[Document]:
+        """See `Source.documents`."""
+        while True:
+            epoch, place = divmod(shard + self._num_taken * num_shards, self.num_documents)
+            if epoch > 0 and not self.is_endless:
+                return
+            index = self._index_at(epoch, place)
+            self._num_taken += 1
+            document = self.build_document(epoch, index)
+            if place + num_shards >= self.num_documents:
+                self.end_epoch()
+            if document is not None:
+                yield document
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Source.state_dict`."""
+        return {"num_taken": self._num_taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Source.load_state_dict`."""
+        self._num_taken = state["num_taken"]
+
+    def _index_at(self, epoch: int, place: int) -> int:
+        if not self.is_endless:
+            return place
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(self.seed, epoch, self.num_documents)
+        return int(self._order[1][place])
+
+
+def caption_and_image(rng: random.Random, caption: str, image: NDArray[Any], key: str) -> Document:
+    """A document that says and shows one thing, the text first or the image first."""
+    segments = (Segment("text", caption), Segment("image", image))
+    return Document(segments if rng.random() < 0.5 else segments[::-1], key)
+
+
+def build_source(
+    config: Multimodal, split: str, image_tokenizer: ImageTokenizer, is_endless: bool
+) -> Source:
+    """Build the source that `multimodal.source` names.
+
+    Args:
+        config: The `[multimodal]` section.
+        split: Which split to read.
+        image_tokenizer: Tokenizer of the run; says how large images are.
+        is_endless: True to train, False for one pass of validation.
+
+    Raises:
+        ValueError: The split is unknown (names the known ones), a column is missing, and so on.
+    """
+    if config.source == "emoji":
+        from torchtitan_mixtures.data.emoji_source import EmojiSource
+
+        return EmojiSource(config, split, image_tokenizer, is_endless)
+
+    # Imported late: `datasets` takes a second, which runs on the embedded corpus need not pay.
+    from torchtitan_mixtures.data.datasets_source import build_datasets_source
+
+    return build_datasets_source(config, split, image_tokenizer.image_size, is_endless)

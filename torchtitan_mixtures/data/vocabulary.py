@@ -1,0 +1,43 @@
+"""One flat vocabulary over all modalities: which token ids belong to which modality.
+
+Text comes first and keeps the flavour's `vocab_size`; the codes of every further modality are
+appended in the order of `modality_names`. With 128,256 text tokens and 8,192 image codes the
+ranges are `[(0, 128256), (128256, 136448)]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.job_config import Multimodal
+
+
+def code_vocab_sizes(modality_names: Sequence[str], config: Multimodal) -> list[int]:
+    """Count the codes of every modality after text, as the configured tokenizers have them.
+
+    Args:
+        modality_names: Names of the model's modalities; the first is text.
+        config: The `[multimodal]` section.
+
+    Returns:
+        One number per modality after the first. A modality without a tokenizer has 0 codes: its
+        tower is built and stays idle.
+    """
+    sizes = {"image": lambda: build_image_tokenizer(config.image_tokenizer).num_codes}
+    return [sizes[name]() if name in sizes else 0 for name in modality_names[1:]]
+
+
+def vocab_ranges(text_vocab_size: int, code_sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Lay the modalities' vocabularies one after the other.
+
+    Returns:
+        One half-open range `(start, end)` of token ids per modality, text first.
+    """
+    ranges = [(0, text_vocab_size)]
+    for size in code_sizes:
+        ranges.append((ranges[-1][1], ranges[-1][1] + size))
+    return ranges

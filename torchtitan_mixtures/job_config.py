@@ -1,0 +1,123 @@
+"""The TOML sections this plugin adds to TorchTitan's job configuration.
+
+A TOML enables them (and so registers every family) with one line:
+
+    [job]
+    custom_config_module = "torchtitan_mixtures.job_config"
+
+Only new sections are declared: TorchTitan drops the methods of a section that it declares too.
+Each section checks its own values in ``__post_init__``, which runs twice (for the TOML, then for
+the command line) and so changes nothing. Checks across keys are in ``checks.py``.
+"""
+
+# No `from __future__ import annotations` here: TorchTitan merges the real types of the fields.
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan_mixtures.config_values import check_section
+
+
+@dataclass
+class Multimodal:
+    """Where documents come from, how they become tokens, and what their tokens weigh."""
+
+    source: Literal["emoji", "datasets"] = "emoji"
+    """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens."""
+
+    path: str = ""
+    """For `datasets`: hub name, local folder or file, or a folder written by `save_to_disk`."""
+
+    name: str = ""
+    """For `datasets`: name of the dataset's configuration, if it has several."""
+
+    data_files: list[str] = field(default_factory=list)
+    """For `datasets`: files to read when `path` is a format (`parquet`, `json`, `webdataset`)."""
+
+    train_split: str = "train"
+    """Split to train on."""
+
+    validation_splits: list[str] = field(default_factory=lambda: ["unseen_concept", "unseen_style"])
+    """Splits to validate on, each reported under its own name."""
+
+    streaming: bool = False
+    """For `datasets`: read without downloading first. Shuffles in a buffer, not globally."""
+
+    image_column: str = "image"
+    """For `datasets`: column with the image (an image, its bytes, or a path)."""
+
+    caption_column: str = "caption"
+    """For `datasets`: column with the caption (a string, or a list of which one is drawn)."""
+
+    max_bad_fraction: float = 0.01
+    """Share of undecodable samples above which the run stops. All are counted and logged."""
+
+    scene_fraction: float = 0.25
+    """For `emoji`: share of documents that are composed scenes of two to four drawings."""
+
+    text_tokenizer: str = "emoji"
+    """`emoji`: the embedded vocabulary of 2,048. Else a folder with a `tokenizer.json`."""
+
+    image_tokenizer: str = "emoji_32px"
+    """`emoji_32px` (64 codes an image), `emoji_64px` (256 codes), or a codebook file."""
+
+    reset_positions: bool = False
+    """Count rotary positions from 0 in every document instead of along the packed sequence."""
+
+    text_weight: float = 1.0
+    """Loss weight of text and sentinel targets. 0 = not supervised."""
+
+    image_weight: float = 1.0
+    """Loss weight of image targets. 0 = not supervised."""
+
+    seed: int = 0
+    """Seed of the order of documents and of what is drawn inside them."""
+
+    check_batches: bool = False
+    """Check every batch against the contract of `data/batch.py`; for debugging, costs some time."""
+
+    def __post_init__(self) -> None:
+        check_section("multimodal", self)
+        for key in ("max_bad_fraction", "scene_fraction"):
+            value = getattr(self, key)
+            if not 0 <= value <= 1:
+                raise ValueError(f"multimodal.{key} = {value}: must be between 0 and 1.")
+        for key in ("text_weight", "image_weight"):
+            value = getattr(self, key)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"multimodal.{key} = {value}: must be a finite number >= 0.")
+
+
+@dataclass
+class Mixture:
+    """How the experts of a mixture are laid out and computed."""
+
+    dispatch: Literal["", "split", "grouped", "reference"] = ""
+    """How tokens reach their modality's weights. Empty = what the flavour says.
+    `split`: one GEMM per modality on contiguous slices. `grouped`: one grouped GEMM.
+    `reference`: boolean masks, slow, for tests."""
+
+    untie: str = ""
+    """Which components are untied per modality: "none" or a "+"-joined choice of attention, ffn
+    and norm, e.g. "ffn" or "attention+ffn". Empty = what the flavour says."""
+
+    tower_of_modality: list[int] = field(default_factory=list)
+    """Tower of each modality, e.g. [0, 0, 1] lets text and image share one. Empty = as the
+    flavour says."""
+
+    def __post_init__(self) -> None:
+        check_section("mixture", self)
+        parts = self.untie.split("+") if self.untie not in ("", "none") else []
+        if unknown := sorted(set(parts) - {"attention", "ffn", "norm"}):
+            raise ValueError(
+                f'mixture.untie = "{self.untie}": {unknown[0]!r} is not one of attention, ffn, '
+                'norm; join several with "+", or write "none".'
+            )
+
+
+@dataclass
+class JobConfig:
+    """The sections of this plugin; TorchTitan merges them into its own `JobConfig`."""
+
+    multimodal: Multimodal = field(default_factory=Multimodal)
+    mixture: Mixture = field(default_factory=Mixture)

@@ -1,0 +1,235 @@
+"""What a run reports: losses per modality, gradient norms per tower, throughput.
+
+Extends TorchTitan's MetricsProcessor, which already writes to TensorBoard and Weights & Biases.
+Everything here happens only in steps that are logged, so the other steps never wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.tools.logging import logger
+
+from torchtitan_mixtures.objectives.next_token import LossMeter
+
+NATS_TO_BITS = 1 / math.log(2)
+
+
+class MixtureMetricsProcessor(MetricsProcessor):
+    """TorchTitan's metrics, plus those of each modality and tower.
+
+    Attributes:
+        loss_meter: The loss's meter; the trainer sets it. None: no losses per modality.
+    """
+
+    loss_meter: LossMeter | None = None
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        tower_of_parameter: Callable[[str], str | None],
+    ):
+        """Build the processor.
+
+        Args:
+            job_config: The job's configuration.
+            parallel_dims: The job's parallel layout.
+            tower_of_parameter: Maps a parameter's name to its tower's name, None if shared.
+        """
+        super().__init__(job_config, parallel_dims)
+        self._tower_of_parameter = tower_of_parameter
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Log one training step; every rank must call this, as sums are reduced here.
+
+        Args:
+            step: The training step.
+            global_avg_loss: Loss over all ranks, in nats per supervised position.
+            global_max_loss: The largest loss of a rank.
+            grad_norm: Norm of all gradients before clipping.
+            extra_metrics: Further scalars to write.
+        """
+        now = time.perf_counter()
+        seconds = now - self.time_last_log
+        steps = self.job_config.metrics.log_freq if step > 1 else 1
+        tokens_per_second = self.ntokens_since_last_log / (
+            seconds * self.parallel_dims.non_data_parallel_size
+        )
+        flops = self.num_flops_per_token * tokens_per_second
+        loading = sum(self.data_loading_times)
+        memory = self.device_memory_monitor.get_peak_stats()
+        scalars: dict[str, Any] = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_max_loss": global_max_loss,
+            "grad_norm": grad_norm,
+            "throughput(tps)": tokens_per_second,
+            "tflops": flops / 1e12,
+            "time_metrics/end_to_end(s)": seconds / steps,
+            "time_metrics/data_loading(s)": loading / max(1, len(self.data_loading_times)),
+            "time_metrics/data_loading(%)": 100 * loading / seconds,
+            "memory/max_reserved(GiB)": memory.max_reserved_gib,
+            "memory/max_reserved(%)": memory.max_reserved_pct,
+            "memory/num_alloc_retries": memory.num_alloc_retries,
+            "memory/num_ooms": memory.num_ooms,
+        }
+        if not math.isnan(self.gpu_peak_flops):
+            scalars["mfu(%)"] = 100 * flops / self.gpu_peak_flops
+        losses = self._modality_losses()
+        norms = self._tower_norms(grad_norm)
+        scalars |= modality_scalars("modality", losses)
+        scalars |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
+        scalars |= extra_metrics or {}
+        self.logger.log(scalars, step)
+        self._print(step, scalars, losses, norms)
+        self._start_interval()
+
+    def log_validation(
+        self,
+        loss: float,
+        step: int,
+        extra_metrics: dict[str, Any] | None = None,
+        *,
+        split: str = "",
+        losses: dict[str, tuple[float, int]] | None = None,
+    ) -> None:
+        """Log one validation pass.
+
+        Args:
+            loss: Loss over the split, in nats per supervised position.
+            step: The training step.
+            extra_metrics: Further scalars to write.
+            split: Name of the split.
+            losses: Loss in nats and number of targets of each modality.
+        """
+        prefix = f"validation/{split}" if split else "validation"
+        scalars = {f"{prefix}/loss": loss} | modality_scalars(prefix, losses or {})
+        self.logger.log(scalars | (extra_metrics or {}), step)
+        c = self.color
+        logger.info(
+            f"{c.yellow}validate step: {step:2}  {c.white}{split}  {c.green}loss: {loss:8.5f}  "
+            f"{c.turquoise}{describe_losses(losses or {})}{c.reset}"
+        )
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last log out of the throughput (after validation, say)."""
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def _modality_losses(self) -> dict[str, tuple[float, int]]:
+        """Reduce the loss meter over all data: nats per target and targets, per modality."""
+        if self.loss_meter is None:
+            return {}
+        return reduce_meter(self.loss_meter, self.parallel_dims)
+
+    @torch.no_grad()
+    def _tower_norms(self, grad_norm: float) -> dict[str, float]:
+        """Gradient norm of each tower before clipping, and of all shared parameters.
+
+        The gradients were clipped since; as clipping scales all alike, the ratio of the total
+        norm before to the total norm now undoes it.
+        """
+        groups: dict[str, list[Tensor]] = {}
+        for part in self.model_parts or []:
+            for name, parameter in part.named_parameters():
+                if parameter.grad is not None:
+                    tower = self._tower_of_parameter(name) or "shared"
+                    groups.setdefault(tower, []).append(parameter.grad)
+        squares = {tower: _squared_norm(grads) for tower, grads in groups.items()}
+        total = math.sqrt(sum(squares.values()))
+        scale = grad_norm / total if total > 0 and math.isfinite(grad_norm) else 1.0
+        return {tower: math.sqrt(square) * scale for tower, square in sorted(squares.items())}
+
+    def _print(
+        self,
+        step: int,
+        scalars: dict[str, Any],
+        losses: dict[str, tuple[float, int]],
+        norms: dict[str, float],
+    ) -> None:
+        c = self.color
+        per_tower = " ".join(f"{tower} {norm:.3f}" for tower, norm in norms.items())
+        utilisation = f"  {c.magenta}mfu: {scalars['mfu(%)']:.2f}%" if "mfu(%)" in scalars else ""
+        logger.info(
+            f"{c.red}step: {step:2}  {c.green}loss: {scalars['loss_metrics/global_avg_loss']:8.5f}"
+            f"  {c.turquoise}{describe_losses(losses)}  "
+            f"{c.orange}grad_norm: {scalars['grad_norm']:.4f} ({per_tower})  "
+            f"{c.yellow}memory: {scalars['memory/max_reserved(GiB)']:.2f}GiB  "
+            f"{c.blue}tps: {round(scalars['throughput(tps)']):,}  "
+            f"{c.cyan}tflops: {scalars['tflops']:,.2f}{utilisation}{c.reset}"
+        )
+
+
+def _squared_norm(tensors: list[Tensor]) -> float:
+    norm = torch.nn.utils.get_total_norm(tensors, foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return float(norm.double() ** 2)
+
+
+def reduce_meter(meter: LossMeter, parallel_dims: ParallelDims) -> dict[str, tuple[float, int]]:
+    """Sum a meter over all ranks that hold different data.
+
+    Returns:
+        For each modality with targets: loss in nats per target, and the number of targets.
+    """
+    mesh = parallel_dims.get_optional_mesh("loss") if parallel_dims.dp_cp_enabled else None
+    device = torch.device(parallel_dims.world_mesh.device_type)
+    totals = meter.totals(device)
+    if mesh is not None:
+        totals = totals.clone()
+        dist.all_reduce(totals, group=mesh.get_group())
+    sums, counts = totals.tolist()
+    rows = zip(meter.modality_names, sums, counts, strict=True)
+    return {name: (nll / count, int(count)) for name, nll, count in rows if count}
+
+
+def modality_scalars(prefix: str, losses: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Name the scalars of each modality: loss in nats, bits per token, share of the targets."""
+    total = sum(count for _, count in losses.values())
+    scalars = {}
+    for name, (loss, count) in losses.items():
+        scalars[f"{prefix}/{name}/loss"] = loss
+        scalars[f"{prefix}/{name}/bits_per_token"] = loss * NATS_TO_BITS
+        scalars[f"{prefix}/{name}/token_share"] = count / total
+    return scalars
+
+
+def describe_losses(losses: dict[str, tuple[float, int]]) -> str:
+    """Write losses for the console, as `text: 5.123 (7.39 bits, 31%)`."""
+    total = sum(count for _, count in losses.values())
+    return "  ".join(
+        f"{name}: {loss:.4f} ({loss * NATS_TO_BITS:.3f} bits, {100 * count / total:.0f}%)"
+        for name, (loss, count) in losses.items()
+    )
+
+
+def build_metrics_processor(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs
+) -> MixtureMetricsProcessor:
+    """Build the processor for a TrainSpec; `model_args` says which tower a parameter is of."""
+    tower_of_parameter = getattr(model_args, "tower_of_parameter", lambda name: None)
+    return MixtureMetricsProcessor(job_config, parallel_dims, tower_of_parameter)

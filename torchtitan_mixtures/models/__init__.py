@@ -1,0 +1,3 @@
+"""The model families that have landed."""
+
+FAMILIES = ("mot",)

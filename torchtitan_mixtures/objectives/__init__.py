@@ -1,0 +1,1 @@
+"""Training objectives: from a batch to inputs, targets and a loss."""

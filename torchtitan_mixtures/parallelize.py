@@ -1,0 +1,185 @@
+"""The one place where parallelism is applied to a model, in TorchTitan's order.
+
+A family declares where to cut (`Cuts`); the order and mechanics are here and the same for all:
+activation checkpointing, then compilation of each block, then FSDP2, HSDP or DDP.
+
+Gradients are **sums** over data-parallel ranks everywhere, because the trainer divides the loss by
+the global number of supervised positions: FSDP's own division is switched off, and DDP's average
+is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.tools.logging import logger
+
+from torchtitan_mixtures import device
+
+# What selective activation checkpointing of kind "op" saves instead of recomputing.
+SAVED_OPS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_attention_math.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch._higher_order_ops.flex_attention,
+    torch._higher_order_ops.inductor_compiled_code,
+)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where a family's model may be cut.
+
+    Attributes:
+        fsdp_units: Groups of module paths that are gathered together, in forward order, besides
+            the blocks in `layers`: those `before` them and those `after` them. Paths that a
+            pipeline stage does not have are skipped.
+        saved_ops: Further operators that selective activation checkpointing saves.
+    """
+
+    units_before: Sequence[Sequence[str]] = ()
+    units_after: Sequence[Sequence[str]] = ()
+    saved_ops: Sequence[Callable[..., Any]] = field(default=())
+
+
+def parallelize(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cuts: Cuts
+) -> nn.Module:
+    """Apply what the job asks for to a model whose blocks are in `model.layers`.
+
+    Args:
+        model: The model, preferably on the meta device; changed in place.
+        parallel_dims: The job's parallel layout.
+        job_config: The job's configuration.
+        cuts: What the family declares.
+
+    Returns:
+        The same model.
+    """
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    if job_config.activation_checkpoint.mode != "none":
+        apply_ac(
+            model,
+            job_config.activation_checkpoint,
+            model_compile_enabled=compiled,
+            # pyrefly: ignore [bad-argument-type]  # higher-order operators are saved too
+            op_sac_save_list={*SAVED_OPS, *cuts.saved_ops},
+            base_folder=job_config.job.dump_folder,
+        )
+    if compiled:
+        apply_compile(model, job_config.compile.backend)
+    if parallel_dims.fsdp_enabled:
+        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        apply_fsdp(model, parallel_dims.get_mesh(names), parallel_dims, job_config, cuts)
+    elif parallel_dims.dp_replicate_enabled:
+        apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), compiled)
+    return model
+
+
+def apply_compile(model: nn.Module, backend: str) -> None:
+    """Compile each block on its own: they are alike, so the first one's graph serves all."""
+    layers = model.get_submodule("layers")
+    for name, block in layers.named_children():
+        # Replacing the child keeps the parameter names of the state dict clean: torchtitan strips
+        # the wrapper's prefix from them.
+        layers.register_module(name, torch.compile(block, backend=backend, fullgraph=True))
+    logger.info(f"Compiling each block with torch.compile, backend {backend}")
+
+
+def apply_fsdp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+    cuts: Cuts,
+) -> None:
+    """Shard parameters, gradients and optimiser state with FSDP2 (HSDP on a 2-D mesh).
+
+    A block is one unit with the weights of all its towers: every rank gathers and reduces the
+    same buffers whatever modalities its tokens have, so ranks cannot wait for each other.
+    """
+    training, policy = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
+    arguments: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        ),
+    }
+    if training.enable_cpu_offload:
+        # Only memory of an accelerator's host can be pinned.
+        arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=device.has_accelerator())
+    # Under pipeline parallelism every microbatch would gather again.
+    reshard = policy == "always" or (policy == "default" and not parallel_dims.pp_enabled)
+    blocks = [[f"layers.{name}"] for name, _ in model.get_submodule("layers").named_children()]
+    for paths in (*cuts.units_before, *blocks):
+        _shard_unit(model, paths, reshard, arguments)
+    for paths in cuts.units_after:
+        # Needed again at once in the backward pass, so they stay gathered by default.
+        _shard_unit(model, paths, policy == "always", arguments)
+    fully_shard(model, **arguments)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            if mesh.device_type == "cpu":
+                # gloo cannot scale while it reduces.
+                module.set_force_sum_reduction_for_comms(True)
+    logger.info(f"Applied {'HSDP' if mesh.ndim == 2 else 'FSDP'} to the model")
+
+
+def _shard_unit(
+    model: nn.Module, paths: Sequence[str], reshard: bool, arguments: dict[str, Any]
+) -> None:
+    modules = [module for path in paths if (module := _submodule_or_none(model, path)) is not None]
+    if modules:
+        fully_shard(modules, **arguments, reshard_after_forward=reshard)
+
+
+def _submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
+    """Find a module that a pipeline stage may lack (the attribute is None there)."""
+    module: Any = model
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def apply_ddp(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> None:
+    """Replicate the model with DDP, gradients summed over ranks.
+
+    DDP averages. A communication hook that sums would be wrong under gradient accumulation, where
+    DDP reduces the accumulated gradient again with every microbatch (the average of equal parts
+    is that part, their sum is not). So the gradient is scaled by the number of ranks where it
+    enters the model.
+    """
+    if compiled:
+        torch._dynamo.config.optimize_ddp = "ddp_optimizer"
+    replicate(model, device_mesh=mesh, bucket_cap_mb=100)
+    ranks = mesh.size()
+
+    def scale_gradient(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * ranks)
+
+    model.register_forward_hook(scale_gradient)
+    logger.info("Applied DDP to the model")

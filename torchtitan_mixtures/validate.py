@@ -1,0 +1,114 @@
+"""Validation: the loss of every split, per modality.
+
+TorchTitan's own validator reads one text split, shards the batch twice under context parallelism
+and expects every value of a batch to be a tensor on the right device; this one shares the
+trainer's handling of a batch instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.validate import BaseValidator
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools import utils
+
+from torchtitan_mixtures.data.loader import build_multimodal_validation_dataloader
+from torchtitan_mixtures.metrics import MixtureMetricsProcessor, reduce_meter
+from torchtitan_mixtures.objectives.next_token import LossMeter, NextTokenLoss, Targets
+
+PrepareBatch = Callable[
+    [dict[str, Tensor], Any], tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]
+]
+
+
+class MixtureValidator(BaseValidator):
+    """Loss of each validation split, reduced over all ranks.
+
+    Attributes:
+        prepare_batch: The trainer's `post_dataloading_process`; the trainer sets it, so that
+            training and validation cannot differ in how a batch reaches the model.
+    """
+
+    prepare_batch: PrepareBatch
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        parallel_dims: ParallelDims,
+        loss_fn: NextTokenLoss,
+        validation_context: Callable[[], AbstractContextManager[None]],
+        maybe_enable_amp: AbstractContextManager[None],
+        metrics_processor: MixtureMetricsProcessor,
+        **unused: Any,
+    ):
+        super().__init__(job_config)
+        self.parallel_dims = parallel_dims
+        self.loss_fn = loss_fn
+        self.validation_context = validation_context
+        self.maybe_enable_amp = maybe_enable_amp
+        self.metrics_processor = metrics_processor
+        # pyrefly: ignore [missing-attribute]  # the section is merged in at run time
+        splits = job_config.multimodal.validation_splits
+        self.dataloaders = {
+            split: build_multimodal_validation_dataloader(
+                dp_world_size, dp_rank, tokenizer, job_config, split
+            )
+            for split in splits
+        }
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Score every split and log it; the model is left in training mode.
+
+        Args:
+            model_parts: The model (one part: pipeline stages are scored by their schedule).
+            step: The training step, for the log.
+        """
+        meter, self.loss_fn.meter = (
+            self.loss_fn.meter,
+            LossMeter(self.loss_fn.meter.modality_names),
+        )
+        for part in model_parts:
+            part.eval()
+        try:
+            for split in self.dataloaders:
+                self._validate_split(model_parts[0], split, step)
+        finally:
+            self.loss_fn.meter = meter
+            for part in model_parts:
+                part.train()
+        self.metrics_processor.restart_clock()
+
+    def _validate_split(self, model: nn.Module, split: str, step: int) -> None:
+        self.loss_fn.meter.reset()
+        limit = self.job_config.validation.steps
+        for index, (input_dict, labels) in enumerate(self.dataloaders[split]):
+            if limit != -1 and index >= limit:
+                break
+            input_dict = {k: v.to(utils.device_type) for k, v in input_dict.items()}
+            inputs, targets, extra_inputs, extra_kwargs = self.prepare_batch(
+                input_dict, labels.to(utils.device_type)
+            )
+            with self.validation_context(), self.maybe_enable_amp:
+                self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), targets)
+        losses = reduce_meter(self.loss_fn.meter, self.parallel_dims)
+        count = sum(targets for _, targets in losses.values())
+        total = sum(loss * targets for loss, targets in losses.values())
+        self.metrics_processor.log_validation(
+            loss=total / count if count else float("nan"), step=step, split=split, losses=losses
+        )
+
+
+def build_validator(**arguments: Any) -> MixtureValidator:
+    """Build the validator for a TrainSpec (`build_validator_fn`)."""
+    return MixtureValidator(**arguments)
