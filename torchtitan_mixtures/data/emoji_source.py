@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
 
 
+_BULK = 16
+"""Drawings encoded at a time: one alone is slow, all of them would delay the first step."""
+
+
 class EmojiSource(IndexedSource):
     """One document per drawing of a split, in a new order and with a new caption each epoch.
 
@@ -51,7 +55,7 @@ class EmojiSource(IndexedSource):
         self._config = config
         self._split = split
         self._tokenizer = image_tokenizer
-        self._codes: dict[int, NDArray[np.int64]] = {}  # of the drawings shown so far
+        self._codes: dict[int, NDArray[np.int64]] = {}  # of drawings, by the first of a bulk
 
     def build_document(self, epoch: int, index: int) -> Document:
         """Build the document of one drawing."""
@@ -62,10 +66,16 @@ class EmojiSource(IndexedSource):
             codes = self._tokenizer.encode(scene.image[None])[0]
             return caption_and_image(rng, scene.caption, codes, key)
         drawing = self._drawings[index]
-        if index not in self._codes:
-            image = self._corpus.image(drawing, self._tokenizer.image_size)
-            self._codes[index] = self._tokenizer.encode(image[None])[0]
-        return caption_and_image(rng, self._corpus.caption(drawing, rng), self._codes[index], key)
+        return caption_and_image(rng, self._corpus.caption(drawing, rng), self._code(index), key)
+
+    def _code(self, index: int) -> NDArray[np.int64]:
+        """The `(codes,)` of a drawing, encoded together with its neighbours the first time."""
+        start = index - index % _BULK
+        if start not in self._codes:
+            drawings = self._drawings[start : start + _BULK]
+            images = self._corpus.images(drawings, self._tokenizer.image_size)
+            self._codes[start] = self._tokenizer.encode(images)  # (drawings, codes)
+        return self._codes[start][index - start]
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source.fingerprint`."""

@@ -33,8 +33,15 @@ def fresh_compiler():
     [
         ({}, "aot_eager"),
         ({"dispatch": "grouped"}, "eager"),
-        ({"norm_position": "post", "qk_normalization": True}, "eager"),
-        ({"attn_type": "sdpa_dense", "attn_mask_type": "block_causal"}, "eager"),
+        (
+            {
+                "norm_position": "post",
+                "qk_normalization": True,
+                "attn_type": "sdpa_dense",
+                "attn_mask_type": "block_causal",
+            },
+            "eager",
+        ),
     ],
 )
 def test_blocks_compile_whole_into_few_graphs_for_any_mix(fields, backend):
