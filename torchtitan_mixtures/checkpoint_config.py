@@ -5,7 +5,8 @@ checkpoint folder of this project also holds a `config.json`:
 
     {"format": 1, "family": "mot", "flavor": "debugmodel",
      "model_args": {...}, "vocab_ranges": {"text": [0, 2048], ...},
-     "parameters": {"tok_embeddings.weight": [3072, 256], ...}, "job_config": {...}}
+     "parameters": {"tok_embeddings.weight": [3072, 256], ...}, "data_parallel_ranks": 1,
+     "job_config": {...}}
 """
 
 from __future__ import annotations
@@ -34,17 +35,25 @@ def parameter_shapes(family: str, model_args: BaseModelArgs) -> dict[str, list[i
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def write(folder: str | Path, job_config: JobConfig, model_args: BaseModelArgs) -> None:
+def write(
+    folder: str | Path,
+    job_config: JobConfig,
+    model_args: BaseModelArgs,
+    data_parallel_ranks: int = 1,
+) -> None:
     """Write `config.json` into a checkpoint's folder, complete or not at all."""
     family = job_config.model.name
-    ranges = dict(zip(model_args.modality_names, model_args.vocab_ranges, strict=True))
+    # Families without a vocabulary of tokens have none to record.
+    names = getattr(model_args, "modality_names", [])
+    ranges = getattr(model_args, "vocab_ranges", [])
     content = {
         "format": FORMAT,
         "family": family,
         "flavor": job_config.model.flavor,
         "model_args": dataclasses.asdict(model_args),
-        "vocab_ranges": ranges,
+        "vocab_ranges": dict(zip(names, ranges, strict=True)),
         "parameters": parameter_shapes(family, model_args),
+        "data_parallel_ranks": data_parallel_ranks,
         "job_config": job_config.to_dict(),
     }
     target = Path(folder) / FILE_NAME
@@ -130,5 +139,31 @@ def check_resume(job_config: JobConfig, model_args: BaseModelArgs) -> None:
                 f"{shapes.get(name, 'absent')} here. Set model.flavor and the tokenizers as they "
                 "were, or another job.dump_folder."
             )
+    _check_ranks(job_config, path, saved)
     if ours != theirs:
         logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")
+
+
+def _check_ranks(job_config: JobConfig, path: Path, saved: dict[str, Any]) -> None:
+    """Refuse to resume the data on another number of data-parallel ranks.
+
+    Each rank packs its own share of the documents and has its own place in it; places of another
+    number of shares do not exist.
+    """
+    config, layout = job_config.checkpoint, job_config.parallelism
+    in_own_folder = path.parent == Path(job_config.job.dump_folder) / config.folder
+    model_only = path.name == "step-0" if in_own_folder else config.initial_load_model_only
+    if model_only or "dataloader" in config.exclude_from_loading:
+        return
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) // (
+        layout.tensor_parallel_degree
+        * layout.context_parallel_degree
+        * layout.pipeline_parallel_degree
+    )
+    if ranks != saved["data_parallel_ranks"]:
+        raise ValueError(
+            f"{path} was written by {saved['data_parallel_ranks']} data-parallel ranks, this job "
+            f"has {ranks}: every rank continues its own share of the data. Launch as many "
+            "processes as then (NGPU, or parallelism.data_parallel_*_degree), or start the data "
+            'from the beginning with checkpoint.exclude_from_loading = ["dataloader"].'
+        )

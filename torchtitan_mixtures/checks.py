@@ -22,6 +22,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
 from torchtitan_mixtures.data import emoji
+from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
 
 CONFIG_MODULE = "torchtitan_mixtures.job_config"
@@ -72,7 +73,7 @@ def _config_file(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def check_job(job_config: JobConfig) -> None:
+def check_job(job_config: MixtureJobConfig) -> None:
     """Check a complete job configuration; the result is noted on it.
 
     Raises:
@@ -130,8 +131,8 @@ def _model_args(job_config: JobConfig) -> BaseModelArgs:
     return model_args
 
 
-def _check_data(job_config: JobConfig, model_args: Any) -> None:
-    data: Any = job_config.multimodal  # pyrefly: ignore [missing-attribute]
+def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
+    data = job_config.multimodal
     if data.source == "datasets" and not data.path:
         raise ValueError(
             'multimodal.path = "": multimodal.source = "datasets" needs a hub name, a local '

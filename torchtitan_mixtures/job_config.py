@@ -15,6 +15,8 @@ the command line) and so changes nothing. Checks across keys are in ``checks.py`
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchtitan.config import JobConfig as HostJobConfig
+
 from torchtitan_mixtures.config_values import check_section
 
 
@@ -121,3 +123,10 @@ class JobConfig:
 
     multimodal: Multimodal = field(default_factory=Multimodal)
     mixture: Mixture = field(default_factory=Mixture)
+
+
+class MixtureJobConfig(HostJobConfig):
+    """What a job's configuration is once merged, for annotations; never instantiated."""
+
+    multimodal: Multimodal
+    mixture: Mixture

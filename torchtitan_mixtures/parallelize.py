@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import device
+from torchtitan_mixtures.checks import require_checked
 
 # What selective activation checkpointing of kind "op" saves instead of recomputing.
 SAVED_OPS = (
@@ -75,6 +76,7 @@ def parallelize(
     Returns:
         The same model.
     """
+    _check_trainer(parallel_dims, job_config)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
@@ -95,13 +97,24 @@ def parallelize(
     return model
 
 
+def _check_trainer(parallel_dims: ParallelDims, job_config: JobConfig) -> None:
+    """Refuse what TorchTitan's own trainer would silently do wrong or not at all."""
+    if parallel_dims.pp_enabled:
+        require_checked(job_config, "pipeline parallelism")
+    if parallel_dims.cp_enabled:
+        require_checked(job_config, "context parallelism")
+    data = getattr(job_config, "multimodal", None)
+    if data is not None and (data.text_weight not in (0, 1) or data.image_weight not in (0, 1)):
+        require_checked(job_config, "a loss weight of a modality")
+
+
 def apply_compile(model: nn.Module, backend: str) -> None:
     """Compile each block on its own: they are alike, so the first one's graph serves all."""
     layers = model.get_submodule("layers")
     for name, block in layers.named_children():
-        # Replacing the child keeps the parameter names of the state dict clean: torchtitan strips
-        # the wrapper's prefix from them.
-        layers.register_module(name, torch.compile(block, backend=backend, fullgraph=True))
+        # PyTorch's state-dict functions strip the wrapper's prefix from parameter names.
+        compiled = torch.compile(block, backend=backend, fullgraph=True)
+        layers.register_module(name, cast(nn.Module, compiled))
     logger.info(f"Compiling each block with torch.compile, backend {backend}")
 
 

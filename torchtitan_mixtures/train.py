@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 # First: it points TorchTitan at the CPU if need be, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
@@ -18,10 +18,11 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_mixtures.checks import check_arguments, check_job
+from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.trainer import MixtureTrainer
 
 
-def parse_job(arguments: Sequence[str]) -> Any:
+def parse_job(arguments: Sequence[str]) -> MixtureJobConfig:
     """Turn command-line arguments into a checked job configuration.
 
     Raises:
@@ -34,7 +35,7 @@ def parse_job(arguments: Sequence[str]) -> Any:
         for a in arguments
     ]
     check_arguments(renamed)
-    job_config = ConfigManager().parse_args(renamed)
+    job_config = cast(MixtureJobConfig, ConfigManager().parse_args(renamed))
     check_job(job_config)
     return job_config
 

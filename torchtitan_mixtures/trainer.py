@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torchtitan.config import JobConfig
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.checks import check_job
-from torchtitan_mixtures.objectives.next_token import Targets, split_batch
+from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.metrics import MixtureMetricsProcessor
+from torchtitan_mixtures.objectives.next_token import LossMeter, Targets, split_batch
+from torchtitan_mixtures.validate import MixtureValidator
 
 
 class MixtureTrainer(Trainer):
@@ -25,29 +30,48 @@ class MixtureTrainer(Trainer):
     to the validator; and a `config.json` in every checkpoint.
     """
 
-    def __init__(self, job_config: JobConfig):
+    loss_meter: LossMeter | None
+
+    def __init__(self, job_config: MixtureJobConfig):
         check_job(job_config)
         super().__init__(job_config)
-        self.metrics_processor.loss_meter = getattr(self.loss_fn, "meter", None)
+        self.loss_meter = getattr(self.loss_fn, "meter", None)
+        cast(MixtureMetricsProcessor, self.metrics_processor).loss_meter = self.loss_meter
         if job_config.validation.enable:
-            self.validator.prepare_batch = self.post_dataloading_process
+            cast(MixtureValidator, self.validator).prepare_batch = self.post_dataloading_process
 
-    def post_dataloading_process(
+    def init_distributed(self) -> ParallelDims:
+        """Set up the process groups and the layout.
+
+        For CPU offload TorchTitan adds gloo beside the accelerator's backend; on a CPU gloo is
+        that backend, and PyTorch refuses to have it twice.
+        """
+        training = self.job_config.training
+        offload = training.enable_cpu_offload
+        training.enable_cpu_offload = offload and device.has_accelerator()
+        try:
+            return super().init_distributed()
+        finally:
+            training.enable_cpu_offload = offload
+
+    def post_dataloading_process(  # pyrefly: ignore [bad-override]  (targets may be any object)
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]:
         """Split a batch into inputs, targets, and the keyword arguments of `forward`."""
         inputs, targets, extra_inputs = split_batch(input_dict, labels)
         extra_kwargs: dict[str, Any] = {}
         if getattr(self.model_args, "attn_type", "sdpa") in ("flex", "varlen"):
-            extra_kwargs["attention_masks"] = self.model_parts[0].get_attention_masks(
-                input_batch=inputs, tokenizer=self.tokenizer, extra_inputs=extra_inputs
+            # Built once here and not in every pipeline stage's forward.
+            model = cast(ModelProtocol, self.model_parts[0])
+            extra_kwargs["attention_masks"] = model.get_attention_masks(
+                inputs, cast(BaseTokenizer, self.tokenizer), extra_inputs
             )
         return inputs, targets, extra_inputs, extra_kwargs
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Take one optimiser step; losses per modality are those of this step."""
-        if self.metrics_processor.loss_meter is not None:
-            self.metrics_processor.loss_meter.reset()
+        if self.loss_meter is not None:
+            self.loss_meter.reset()
         super().train_step(data_iterator)
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
@@ -71,4 +95,5 @@ class MixtureTrainer(Trainer):
         """
         if torch.distributed.get_rank() == 0:
             folder = self.checkpointer._create_checkpoint_id(step)
-            checkpoint_config.write(folder, self.job_config, self.model_args)
+            ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+            checkpoint_config.write(folder, self.job_config, self.model_args, ranks)

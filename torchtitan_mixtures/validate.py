@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
-from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from torchtitan_mixtures.data.loader import build_multimodal_validation_dataloader
+from torchtitan_mixtures.data.tokenizers import TextTokenizer
+from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor, reduce_meter
 from torchtitan_mixtures.objectives.next_token import LossMeter, NextTokenLoss, Targets
 
@@ -40,10 +40,10 @@ class MixtureValidator(BaseValidator):
 
     def __init__(
         self,
-        job_config: JobConfig,
+        job_config: MixtureJobConfig,
         dp_world_size: int,
         dp_rank: int,
-        tokenizer: BaseTokenizer,
+        tokenizer: TextTokenizer,
         parallel_dims: ParallelDims,
         loss_fn: NextTokenLoss,
         validation_context: Callable[[], AbstractContextManager[None]],
@@ -57,7 +57,6 @@ class MixtureValidator(BaseValidator):
         self.validation_context = validation_context
         self.maybe_enable_amp = maybe_enable_amp
         self.metrics_processor = metrics_processor
-        # pyrefly: ignore [missing-attribute]  # the section is merged in at run time
         splits = job_config.multimodal.validation_splits
         self.dataloaders = {
             split: build_multimodal_validation_dataloader(

@@ -36,10 +36,11 @@ def train(family: str, *overrides: str) -> dict:
 
         processor.log_validation = log_validation
     trainer.train()
-    records["weights"] = {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().sum().item()
-        for name, p in trainer.model_parts[0].named_parameters()
-    }
+    records["weights"] = {}
+    for name, p in trainer.model_parts[0].named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        whole = p.full_tensor() if hasattr(p, "full_tensor") else p
+        records["weights"][name] = whole.detach().double().sum().item()
     trainer.close()
     return records
 
@@ -129,3 +130,64 @@ def test_activation_checkpointing_changes_nothing(option, tmp_path):
 
 def test_threads_of_a_rank_are_limited():
     assert run_ranks(torch.get_num_threads, 1, init=False) == [1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_blocks_train_as_eager_ones(family, tmp_path):
+    args = (*QUICK, "--training.steps=3", "--lr_scheduler.warmup_steps=1")
+    (eager,) = run_ranks(train, 1, family, *args, f"--job.dump_folder={tmp_path}/eager", init=False)
+    (compiled,) = run_ranks(
+        train, 1, family, *args, f"--job.dump_folder={tmp_path}/compiled",
+        "--compile.enable", "--compile.backend=aot_eager", init=False,
+    )  # fmt: skip
+    for step in (1, 2, 3):
+        assert compiled["loss"][step] == pytest.approx(eager["loss"][step], rel=1e-5)
+        assert compiled["grad_norm"][step] == pytest.approx(eager["grad_norm"][step], rel=1e-3)
+
+
+TWO_RANKS = {
+    "FSDP2": [],
+    "DDP": ["--parallelism.data_parallel_replicate_degree=2",
+            "--parallelism.data_parallel_shard_degree=1"],
+    "FSDP2_compiled": ["--compile.enable", "--compile.backend=aot_eager"],
+    "FSDP2_full_ac": ["--activation_checkpoint.mode=full"],
+    "FSDP2_never_reshard": ["--parallelism.fsdp_reshard_after_forward=never"],
+    "FSDP2_cpu_offload": ["--training.enable_cpu_offload"],
+}  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_two_ranks_take_the_same_steps_with_and_without_accumulation(family, layout, tmp_path):
+    # Two ranks read other documents than one, so runs of two are compared: four microbatches of
+    # one sequence against two of two.
+    base = (*QUICK, "--training.steps=3", "--training.global_batch_size=8",
+            "--lr_scheduler.warmup_steps=1")  # fmt: skip
+
+    def run(name, local, *options):
+        records = run_ranks(
+            train, 2, family, *base, f"--training.local_batch_size={local}", *options,
+            f"--job.dump_folder={tmp_path}/{name}", init=False, timeout=200,
+        )  # fmt: skip
+        assert records[0]["loss"] == records[1]["loss"]
+        assert records[0]["weights"] == records[1]["weights"]
+        return records[0]
+
+    expected = run("plain", 4)
+    found = run("layout", 1, *TWO_RANKS[layout])
+    for step in (1, 2, 3):
+        assert found["loss"][step] == pytest.approx(expected["loss"][step], rel=2e-5)
+        assert found["grad_norm"][step] == pytest.approx(expected["grad_norm"][step], rel=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_trains(family, tmp_path):
+    for world in (1, 2):  # autocast on one process, FSDP's own casts on two
+        records = run_ranks(
+            train, world, family, *QUICK, f"--job.dump_folder={tmp_path}/{world}",
+            "--training.steps=8", "--training.mixed_precision_param=bfloat16",
+            "--lr_scheduler.warmup_steps=1", init=False,
+        )  # fmt: skip
+        losses = records[0]["loss"]
+        assert losses[8] < losses[1] - 0.3

@@ -58,6 +58,29 @@ def test_torchrun_trains_on_two_processes_and_writes_metrics(family, tmp_path):
     assert (tmp_path / "checkpoint" / "step-3" / ".metadata").is_file()
 
 
+def test_the_unmodified_trainer_of_the_host_trains_too(tmp_path):
+    config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
+    command = torchrun(
+        1, "--job.config_file", config, *SMALL, f"--job.dump_folder={tmp_path}",
+        "--validation.no_enable",
+    )  # fmt: skip
+    output = run(["torchtitan.train" if word == "torchtitan_mixtures.train" else word
+                  for word in command])  # fmt: skip
+    assert "step:  3" in output
+
+
+def test_the_unmodified_trainer_refuses_what_only_ours_does_right(tmp_path):
+    config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
+    command = torchrun(
+        1, "--job.config_file", config, *SMALL, f"--job.dump_folder={tmp_path}",
+        "--multimodal.image_weight=0.5",
+    )  # fmt: skip
+    command[command.index("torchtitan_mixtures.train")] = "torchtitan.train"
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "launch with -m torchtitan_mixtures.train" in result.stdout + result.stderr
+
+
 def test_train_script_takes_a_configuration_and_overrides(tmp_path):
     config = str(TRAIN_CONFIGS / "mot" / "debugmodel_dense.toml")
     output = run(

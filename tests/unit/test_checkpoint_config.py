@@ -52,6 +52,14 @@ def test_a_flavour_with_the_same_parameters_may_resume(tmp_path):
     check(tmp_path, "--model.flavor=debugmodel_flex_attn")
 
 
+def test_another_number_of_data_parallel_ranks_is_refused(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"by 1 data-parallel ranks, this job has 2.*exclude_from"):
+        check(tmp_path)
+    check(tmp_path, "--checkpoint.exclude_from_loading=dataloader")
+
+
 def test_a_new_run_needs_no_checkpoint_and_an_asked_for_one_must_exist(tmp_path):
     check(tmp_path)
     make_checkpoint(tmp_path)

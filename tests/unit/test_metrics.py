@@ -88,7 +88,9 @@ def test_gradient_norms_of_towers_are_those_before_clipping(tmp_path):
 )
 def test_parameters_are_attributed_to_towers(flavor, untie, name, tower):
     args = get_train_spec("mot").model_args[flavor]
-    args.update_from_config(debug_job("mot", f"--mixture.untie={untie}" if untie else "--mixture.untie="))
+    args.update_from_config(
+        debug_job("mot", f"--mixture.untie={untie}" if untie else "--mixture.untie=")
+    )
     assert args.tower_of_parameter(name) == tower
 
 

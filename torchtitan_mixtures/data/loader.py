@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from torchtitan_mixtures.data.tokenizers import (
     build_text_tokenizer,
 )
 from torchtitan_mixtures.data.vocabulary import code_vocab_sizes, vocab_ranges
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.job_config import Multimodal
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -63,6 +66,7 @@ class PackedDataset(IterableDataset):
         rank: Data-parallel rank whose share is read.
         batch_size: Sequences of a batch.
         max_batches: Batches of a finite pass at most; -1 = no limit.
+        checked_ranges: Vocabulary ranges to check every batch against; None = no checks.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class PackedDataset(IterableDataset):
         rank: Share,
         batch_size: int,
         max_batches: int = -1,
+        checked_ranges: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         self._source = source
         self._packer = packer
@@ -80,6 +85,7 @@ class PackedDataset(IterableDataset):
         self._rank = rank
         self._batch_size = batch_size
         self._max_batches = max_batches
+        self._checked_ranges = checked_ranges
         self._num_rounds = 0  # batches per rank of this finite pass that are packed
         self._next_start: dict[str, Any] | None = None  # where the next iteration starts
         self._beginning = self.state_dict()
@@ -98,7 +104,10 @@ class PackedDataset(IterableDataset):
         for sequences in batches(Share(index, count)):
             arrays, labels = self._builder.build(sequences)
             input_dict = {key: torch.from_numpy(array) for key, array in arrays.items()}
-            yield input_dict, torch.from_numpy(labels)
+            batch = input_dict, torch.from_numpy(labels)
+            if self._checked_ranges is not None:
+                check_batch(*batch, self._checked_ranges)
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the source stands and what the packer holds back, as plain JSON."""
@@ -147,7 +156,6 @@ class MultimodalDataLoader(StatefulDataLoader, BaseDataLoader):
         dataset: Makes the batches.
         rank: Data-parallel rank.
         fingerprint: TOML keys and values that must not change between save and resume.
-        checked_ranges: Vocabulary ranges to check every batch against; None = no checks.
         **options: Options of `StatefulDataLoader`: workers, prefetching, pinned memory.
     """
 
@@ -156,7 +164,6 @@ class MultimodalDataLoader(StatefulDataLoader, BaseDataLoader):
         dataset: PackedDataset,
         rank: Share,
         fingerprint: dict[str, Any],
-        checked_ranges: tuple[tuple[int, int], ...] | None = None,
         **options: Any,
     ) -> None:
         # A generator of its own: the default one would be advanced by every new iterator, and the
@@ -164,14 +171,6 @@ class MultimodalDataLoader(StatefulDataLoader, BaseDataLoader):
         super().__init__(dataset, batch_size=None, generator=torch.Generator(), **options)
         self.rank = rank
         self.fingerprint = fingerprint
-        self._checked_ranges = checked_ranges
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches, checked if `multimodal.check_batches` says so."""
-        batches = super().__iter__()
-        if self._checked_ranges is None:
-            return batches
-        return self._check_all(batches, self._checked_ranges)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of this rank's shards."""
@@ -206,14 +205,6 @@ class MultimodalDataLoader(StatefulDataLoader, BaseDataLoader):
     def _rank_key(self) -> str:
         return f"dp_rank_{self.rank.index}"
 
-    @staticmethod
-    def _check_all(
-        batches: Iterator[Batch], ranges: tuple[tuple[int, int], ...]
-    ) -> Iterator[Batch]:
-        for input_dict, labels in batches:
-            check_batch(input_dict, labels, ranges)
-            yield input_dict, labels
-
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise a `ValueError` that names the first key in which two fingerprints differ."""
@@ -228,7 +219,7 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 def build_multimodal_tokenizer(job_config: JobConfig) -> TextTokenizer:
     """Build the text tokenizer that `multimodal.text_tokenizer` names."""
-    return build_text_tokenizer(job_config.multimodal.text_tokenizer)
+    return build_text_tokenizer(_multimodal(job_config).text_tokenizer)
 
 
 def build_multimodal_dataloader(
@@ -245,8 +236,8 @@ def build_multimodal_dataloader(
     Raises:
         ValueError: A key does not fit the others; names it, its value and the remedy.
     """
-    rank = Share(dp_rank, dp_world_size)
-    return _build_loader(job_config, tokenizer, rank, job_config.multimodal.train_split, True)
+    rank, split = Share(dp_rank, dp_world_size), _multimodal(job_config).train_split
+    return _build_loader(job_config, tokenizer, rank, split, True)
 
 
 def build_multimodal_validation_dataloader(
@@ -277,17 +268,22 @@ def find_modalities(job_config: JobConfig, tokenizer: TextTokenizer) -> Modaliti
     Raises:
         ValueError: The text tokenizer has more tokens than the flavour's vocabulary.
     """
-    model = job_config.model
-    model_args = get_train_spec(model.name).model_args[model.flavor]
+    model, config = job_config.model, _multimodal(job_config)
+    model_args: Any = get_train_spec(model.name).model_args[model.flavor]
     if tokenizer.vocab_size > model_args.vocab_size:
         raise ValueError(
-            f'multimodal.text_tokenizer = "{job_config.multimodal.text_tokenizer}" has '
+            f'multimodal.text_tokenizer = "{config.text_tokenizer}" has '
             f'{tokenizer.vocab_size} tokens, but model.flavor = "{model.flavor}" has a text '
             f"vocabulary of {model_args.vocab_size}. Choose a smaller tokenizer or another flavour."
         )
     names = tuple(model_args.modality_names)
-    ranges = vocab_ranges(model_args.vocab_size, code_vocab_sizes(names, job_config.multimodal))
+    ranges = vocab_ranges(model_args.vocab_size, code_vocab_sizes(names, config))
     return Modalities(names, tuple(ranges))
+
+
+def _multimodal(job_config: JobConfig) -> Multimodal:
+    """The section that this plugin adds to TorchTitan's configuration when it is parsed."""
+    return job_config.multimodal  # pyrefly: ignore [missing-attribute]
 
 
 def _build_loader(
@@ -295,7 +291,7 @@ def _build_loader(
 ) -> MultimodalDataLoader:
     section = "training" if is_training else "validation"
     settings = job_config.training if is_training else job_config.validation
-    config = job_config.multimodal
+    config = _multimodal(job_config)
     modalities = find_modalities(job_config, tokenizer)
     image_tokenizer = build_image_tokenizer(config.image_tokenizer)
     encoder = DocumentEncoder(
@@ -317,6 +313,7 @@ def _build_loader(
         rank,
         settings.local_batch_size,
         max_batches=-1 if is_training else job_config.validation.steps,
+        checked_ranges=modalities.vocab_ranges if config.check_batches else None,
     )
     fingerprint = {
         **source.fingerprint(),
@@ -330,5 +327,4 @@ def _build_loader(
     if settings.dataloader.num_workers == 0:  # torch refuses these without workers
         options.pop("persistent_workers")
         options.pop("prefetch_factor")
-    checked_ranges = modalities.vocab_ranges if config.check_batches else None
-    return MultimodalDataLoader(dataset, rank, fingerprint, checked_ranges, **options)
+    return MultimodalDataLoader(dataset, rank, fingerprint, **options)

@@ -108,6 +108,6 @@ def _open_saved(path: str, split: str, key: str) -> datasets.Dataset:
         saved = {str(saved.split or "train"): saved}
     if split not in saved:
         raise ValueError(
-            f'{key}: "{path}" has no split "{split}"; its splits are {", ".join(saved)}.'
+            f'{key}: "{path}" has no split "{split}"; its splits are {", ".join(map(str, saved))}.'
         )
     return saved[split]

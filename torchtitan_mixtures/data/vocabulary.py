@@ -8,12 +8,40 @@ ranges are `[(0, 128256), (128256, 136448)]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol, cast
+
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
+from torchtitan_mixtures.job_config import Multimodal
 
-if TYPE_CHECKING:
-    from torchtitan_mixtures.job_config import Multimodal
+
+class TokenModelArgs(Protocol):
+    """What the arguments of a model over tokens say about its vocabulary."""
+
+    vocab_size: int
+    """Number of text tokens."""
+
+    modality_names: list[str]
+    """Name of each modality, text first."""
+
+    @property
+    def vocab_ranges(self) -> list[tuple[int, int]]:
+        """Half-open range of token ids of each modality."""
+        ...
+
+    def update_from_config(self, job_config: JobConfig) -> None:
+        """Take over what the TOML decides, the vocabularies among it."""
+        ...
+
+
+def token_model_args(job_config: JobConfig) -> TokenModelArgs:
+    """Look up the arguments of a job's flavour and complete them from its configuration."""
+    spec = get_train_spec(job_config.model.name)
+    model_args = cast(TokenModelArgs, spec.model_args[job_config.model.flavor])
+    model_args.update_from_config(job_config)
+    return model_args
 
 
 def code_vocab_sizes(modality_names: Sequence[str], config: Multimodal) -> list[int]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
+
+from torchtitan_mixtures.data.vocabulary import token_model_args
 
 
 class Targets(NamedTuple):
@@ -147,8 +148,7 @@ def build_next_token_loss(
     job_config: JobConfig, parallel_dims: ParallelDims | None = None, **unused: Any
 ) -> NextTokenLoss:
     """Build the loss for a TrainSpec (`build_loss_fn`)."""
-    args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
-    args.update_from_config(job_config)
+    args = token_model_args(job_config)
     backend = None
     if job_config.compile.enable and "loss" in job_config.compile.components:
         logger.info("Compiling the loss function with torch.compile")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.jobs import load_job
 from tests.unit.data.fakes import MODALITIES, SENTINELS, RandomSource, make_encoder
+from torchtitan_mixtures.data import loader as loader_module
 from torchtitan_mixtures.data.batch import check_batch
 from torchtitan_mixtures.data.loader import (
     MultimodalDataLoader,
@@ -40,10 +41,11 @@ def make_loader(
     builder = BatchBuilder(MODALITIES, (1.0, 0.5), SENTINELS.pad, SEQ_LEN, False)
     packer = Packer(make_encoder(SEQ_LEN), SEQ_LEN)
     source = RandomSource(num_documents, 0, is_endless)
-    dataset = PackedDataset(source, packer, builder, rank, 3, max_batches)
+    ranges = MODALITIES.vocab_ranges
+    dataset = PackedDataset(source, packer, builder, rank, 3, max_batches, ranges)
     workers = {"training.dataloader.num_workers": options.get("num_workers", 0)}
     fingerprint = {**source.fingerprint(), **workers}
-    return MultimodalDataLoader(dataset, rank, fingerprint, MODALITIES.vocab_ranges, **options)
+    return MultimodalDataLoader(dataset, rank, fingerprint, **options)
 
 
 def take(loader: MultimodalDataLoader, count: int) -> list[Batch]:
@@ -280,3 +282,15 @@ def test_changed_configuration_is_refused(job: Callable[..., Any]) -> None:
     ):
         with pytest.raises(ValueError, match=key):
             build(job(override)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_batches_are_checked_on_request(
+    job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, is_checked: bool
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(loader_module, "check_batch", lambda *arguments: calls.append(arguments))
+    config = job()
+    config.multimodal.check_batches = is_checked
+    take(build(config), 3)
+    assert len(calls) == (3 if is_checked else 0)
