@@ -1,0 +1,170 @@
+"""Every row of the README's table "from the seed to here", executed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.protocols.train_spec import get_train_spec
+
+from tests.jobs import ROOT, debug_job
+from torchtitan_mixtures.checks import check_arguments
+from torchtitan_mixtures.models.mot import mot_args
+from torchtitan_mixtures.models.mot.attention import merge_modalities
+from torchtitan_mixtures.models.mot.model import MoTTransformer
+
+README = (ROOT / "README.md").read_text()
+
+
+def table_rows() -> list[tuple[str, str]]:
+    section = README.split("## From the seed to here")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, flags=re.M)
+    return [row for row in rows if row[0] != "seed"]
+
+
+def small_model():
+    torch.manual_seed(0)
+    args = mot_args["debugmodel"]
+    args.n_layers = 2
+    model = MoTTransformer(args)
+    model.init_weights()
+    return model
+
+
+def seed_example():
+    """Copied from the seed: batch 2, sequence 4, two modalities."""
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    modality_masks = [
+        torch.tensor([True, True, False, False, True, False, False, True]),
+        torch.tensor([False, False, True, True, False, True, True, False]),
+    ]
+    return tokens, modality_masks
+
+
+def run_launch_line(here):
+    command = shlex.split(here.strip("`"))
+    assert command[0] == "torchrun"
+    assert command[2:4] == ["-m", "torchtitan_mixtures.train"]
+    config = command[command.index("--config") + 1]
+    check_arguments(["--job.config_file", config])
+    job = ConfigManager().parse_args(["--job.config_file", config])
+    processes = int(command[1].removeprefix("--nproc_per_node="))
+    degrees = job.parallelism
+    # All processes have a place in the layout; the shard degree takes what is left.
+    taken = degrees.tensor_parallel_degree * degrees.data_parallel_replicate_degree
+    assert processes % taken == 0
+    assert job.model.flavor in get_train_spec(job.model.name).model_args
+
+
+def run_model_table(here):
+    job = debug_job("mot", "--model.name=mot", "--model.flavor=8B_3modality")
+    assert get_train_spec(job.model.name).model_args[job.model.flavor].n_modalities == 3
+
+
+def run_call(here):
+    model = small_model()
+    tokens, modality_masks = seed_example()
+    logits = model(tokens, modality_masks)
+    assert logits.shape == (2, 4, 2048)
+    stacked = torch.stack([mask.view(2, 4) for mask in modality_masks], dim=1)
+    torch.testing.assert_close(model(tokens, stacked), logits, rtol=0, atol=0)
+
+
+def run_merge(here):
+    _, modality_masks = seed_example()
+    x = torch.randn(8, 3)
+    expert_outputs_xq = [x[mask] for mask in modality_masks]
+    xq = merge_modalities(expert_outputs_xq, modality_masks)
+    torch.testing.assert_close(xq, x, rtol=0, atol=0)
+
+
+def run_experts(here):
+    model = small_model()
+    tokens, modality_masks = seed_example()
+    plan = model._plan(tokens, modality_masks)
+    local_experts = model.layers["0"].feed_forward.w1
+    x = torch.randn(8, 256)
+    expected = []
+    for modality_id in range(2):
+        expert_input = x[modality_masks[modality_id]]
+        expected.append(list(local_experts.values())[modality_id](expert_input))
+    ours = local_experts(local_experts.split(plan.sort(x.view(2, 4, 256)), plan), plan)
+    merged = plan.unsort(plan.merge(ours)).flatten(0, 1)
+    torch.testing.assert_close(merged, merge_modalities(expected, modality_masks))
+
+
+def run_wq(here):
+    model = small_model()
+    assert model.layers["0"].attention.wq["text"].weight.shape == (256, 256)
+    assert "layers.0.attention.wq.text.weight" in model.state_dict()
+
+
+def run_attention_norm(here):
+    assert small_model().layers["0"].attention_norm["image"].weight.shape == (256,)
+
+
+def run_ffn(here):
+    feed_forward = small_model().layers["0"].feed_forward
+    assert feed_forward.w1["image"].weight.shape == (768, 256)
+    assert feed_forward.w2["image"].weight.shape == (256, 768)
+    assert feed_forward.w3["image"].weight.shape == (768, 256)
+
+
+def run_dataloader(here):
+    job = debug_job("mot")
+    spec = get_train_spec("mot")
+    assert spec.build_dataloader_fn.__name__ == "build_multimodal_dataloader"
+    loader = spec.build_dataloader_fn(
+        dp_world_size=1, dp_rank=0, tokenizer=spec.build_tokenizer_fn(job), job_config=job
+    )
+    input_dict, _ = next(iter(loader))
+    assert input_dict["modality_masks"].shape == (2, 2, 256)
+
+
+CHECKS = {
+    "torchrun --nproc_per_node=1": run_launch_line,
+    "torchrun --nproc_per_node=4": run_launch_line,
+    "[model]": run_model_table,
+    "logits = model": run_call,
+    "merge_modalities": run_merge,
+    "local_experts[modality_id](x": run_experts,
+    "local_experts_wq": run_wq,
+    "local_experts_attention_norm": run_attention_norm,
+    "local_experts[modality_id]` (FFN)": run_ffn,
+    "build_text_dataloader": run_dataloader,
+}
+
+
+@pytest.mark.parametrize("start", CHECKS)
+def test_each_row_of_the_table_holds(start):
+    matching = [here for seed, here in table_rows() if seed.strip("`").startswith(start)]
+    assert len(matching) == 1
+    CHECKS[start](matching[0])
+
+
+def test_no_row_goes_unchecked():
+    assert len(table_rows()) == len(CHECKS)
+
+
+def test_the_file_tree_of_the_readme_is_that_of_the_repository():
+    tree = README.split("## Files")[1].split("```")[1]
+    package = [line for line in tree.splitlines() if line.startswith("  ")]
+    named = {line.split()[0].rstrip("/") for line in package}
+    for name in named:
+        assert (ROOT / "torchtitan_mixtures" / name).exists(), name
+    here = {p.name for p in (ROOT / "torchtitan_mixtures").glob("*.py")}
+    assert here <= named, here - named
+
+
+def test_the_batch_table_of_the_readme_is_what_the_loader_yields():
+    table = README.split("### Documents and batches")[1].split("\n## ")[0]
+    keys = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.M))
+    job = debug_job("mot", "--multimodal.image_weight=0.5")
+    spec = get_train_spec("mot")
+    loader = spec.build_dataloader_fn(
+        dp_world_size=1, dp_rank=0, tokenizer=spec.build_tokenizer_fn(job), job_config=job
+    )
+    assert keys == set(next(iter(loader))[0])
