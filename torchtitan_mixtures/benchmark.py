@@ -15,14 +15,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,6 +117,21 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, baseline: str) -> S
     return Spread.of([value / reference for value, reference in pairs])
 
 
+def set_dtype(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Cast parameters only, as FSDP's mixed precision does: rotary tables stay in float32."""
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def differentiate(run: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module) -> None:
+    """One forward and backward pass from fresh gradients, as every training step has them."""
+    x.grad = None
+    model.zero_grad(set_to_none=True)
+    output = run(x)
+    output.backward(torch.ones_like(output))
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for the device, also where host and device are one.
 
@@ -187,20 +202,34 @@ def host_reads(run: Run) -> list[str]:
     return counter.reads
 
 
-@dataclass
-class GraphCounter:
+class _CountingBackend:
     """A backend of `torch.compile` that counts the graphs it is given and runs them eagerly."""
 
-    graphs: list[Any] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.graphs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.graphs.append(graph)
+        self.graphs += 1
         return graph.forward
 
 
-def graph_breaks() -> int:
-    """Graph breaks since the last `torch._dynamo.reset()` and clearing of its counters."""
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
+def count_graphs(blocks: Iterable[nn.Module], steps: Iterable[Run]) -> tuple[int, int]:
+    """Compile each block by itself, as training does; count graphs and graph breaks of the steps.
+
+    Args:
+        blocks: Blocks of a model, compiled in place (and run eagerly).
+        steps: What to run, in turn; each may bring other shapes.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = _CountingBackend()
+    for block in blocks:
+        block.compile(backend=counter)
+    for step in steps:
+        step()
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    torch._dynamo.reset()
+    return counter.graphs, breaks
 
 
 def has_cpp_compiler() -> bool:
@@ -315,8 +344,39 @@ class Table:
         return {"title": self.title, "notes": self.notes, "rows": self.records}
 
 
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def judge(value: float, must: float, aim: float) -> str:
+    """Compare a cost with its targets."""
+    return "aim met" if value <= aim else "met" if value <= must else "MISSED"
+
+
+def startup_table(family: str, config: Path, must: float, aim: float) -> Table:
+    """Time fresh processes until the first training step is logged, with and without torchrun."""
+    marks = {"imports": "Starting job", "build": "Training starts", "first step": "step:  1 "}
+    columns = ["variant", *marks, "total s", "must", "aim", ""]
+    table = Table(f"{family} start-up: {config.stem} to its first step, seconds", columns)
+    module = ["-m", "torchtitan_mixtures.train"]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--tee=3"]
+    launches = {"python": (module, {**rank, **rendezvous}), "torchrun": ([*torchrun, *module], {})}
+    for variant, (launch, environment) in launches.items():
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = [
+                *("--config", str(config), "--job.dump_folder", folder),
+                *("--training.steps", "1", "--lr_scheduler.warmup_steps", "1"),
+                *("--metrics.log_freq", "1", "--validation.no-enable", "--checkpoint.no-enable"),
+            ]
+            command = [sys.executable, *launch, *arguments]
+            seen = time_lines(command, marks, environment, limit=180)
+        times = [seen[name] for name in marks]
+        parts = [later - before for before, later in zip([0, *times], times, strict=False)]
+        total = times[-1]
+        table.add(
+            *(variant, *(f"{part:.1f}" for part in parts), f"{total:.1f}", f"{must:g}", f"{aim:g}"),
+            judge(total, must, aim),
+            variant=variant,
+            seconds=dict(zip(marks, parts, strict=True)),
+            total=total,
+        )
+    table.notes.append("imports: from the launch to the job's first line, torchrun's own included")
+    return table

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -40,9 +41,20 @@ def parse_job(arguments: Sequence[str]) -> MixtureJobConfig:
     return job_config
 
 
+def quiet_the_host() -> None:
+    """Drop warnings of the libraries below that say nothing to whoever launched a job."""
+    # TorchTitan looks for a tokenizer there; ours are named in [multimodal].
+    logger.addFilter(lambda record: not record.getMessage().startswith("HF assets path"))
+    # float32 "mixed precision" on a CPU: it says that it does nothing, which is what is meant.
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+    # torchdata calls it whenever a loader is built.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the arguments say; exit with code 2 and one message if they cannot be meant so."""
     init_logger()
+    quiet_the_host()
     try:
         job_config = parse_job(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:

@@ -35,6 +35,7 @@ class MixtureTrainer(Trainer):
     def __init__(self, job_config: MixtureJobConfig):
         check_job(job_config)
         super().__init__(job_config)
+        self.has_stepped = False
         self.loss_meter = getattr(self.loss_fn, "meter", None)
         cast(MixtureMetricsProcessor, self.metrics_processor).loss_meter = self.loss_meter
         if job_config.validation.enable:
@@ -70,12 +71,24 @@ class MixtureTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Take one optimiser step; losses per modality are those of this step."""
+        self.has_stepped = True
         if self.loss_meter is not None:
             self.loss_meter.reset()
         super().train_step(data_iterator)
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
             self._write_config(self.step)
+
+    def should_continue_training(self) -> bool:
+        """Say whether a step is left; log if there was none to begin with."""
+        steps = self.job_config.training.steps
+        if self.step >= steps and not self.has_stepped:
+            logger.warning(
+                f"Nothing to train: {self.job_config.job.dump_folder} holds a run that is complete "
+                f"at step {self.step}, and training.steps = {steps}. Raise training.steps to go "
+                "on, or set another job.dump_folder to start anew."
+            )
+        return super().should_continue_training()
 
     def save_seed_checkpoint(self) -> None:
         """Save the initial weights of a single process as step 0 and stop."""

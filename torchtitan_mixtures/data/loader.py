@@ -20,7 +20,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
-from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures.data.batch import check_batch
 from torchtitan_mixtures.data.packing import (
@@ -36,7 +35,7 @@ from torchtitan_mixtures.data.tokenizers import (
     build_image_tokenizer,
     build_text_tokenizer,
 )
-from torchtitan_mixtures.data.vocabulary import code_vocab_sizes, vocab_ranges
+from torchtitan_mixtures.data.vocabulary import token_model_args
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
@@ -269,16 +268,14 @@ def find_modalities(job_config: JobConfig, tokenizer: TextTokenizer) -> Modaliti
         ValueError: The text tokenizer has more tokens than the flavour's vocabulary.
     """
     model, config = job_config.model, _multimodal(job_config)
-    model_args: Any = get_train_spec(model.name).model_args[model.flavor]
+    model_args = token_model_args(job_config)
     if tokenizer.vocab_size > model_args.vocab_size:
         raise ValueError(
             f'multimodal.text_tokenizer = "{config.text_tokenizer}" has '
             f'{tokenizer.vocab_size} tokens, but model.flavor = "{model.flavor}" has a text '
             f"vocabulary of {model_args.vocab_size}. Choose a smaller tokenizer or another flavour."
         )
-    names = tuple(model_args.modality_names)
-    ranges = vocab_ranges(model_args.vocab_size, code_vocab_sizes(names, config))
-    return Modalities(names, tuple(ranges))
+    return Modalities(tuple(model_args.modality_names), tuple(model_args.vocab_ranges))
 
 
 def _multimodal(job_config: JobConfig) -> Multimodal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import datasets
 
@@ -96,9 +96,10 @@ def keep_columns(data: AnyDataset, config: Multimodal) -> AnyDataset:
                 f"its columns are {', '.join(names)}."
             )
     features = data.features
-    data = data.select_columns([name for name in names if name in (*wanted.values(), "__key__")])
+    kept = [name for name in names if name in (*wanted.values(), "__key__")]
+    data = cast(AnyDataset, data.select_columns(kept))
     if features is not None and isinstance(features[config.image_column], datasets.Image):
-        data = data.cast_column(config.image_column, datasets.Image(decode=False))
+        return data.cast_column(config.image_column, datasets.Image(decode=False))
     return data
 
 

@@ -57,15 +57,3 @@ def code_vocab_sizes(modality_names: Sequence[str], config: Multimodal) -> list[
     """
     sizes = {"image": lambda: build_image_tokenizer(config.image_tokenizer).num_codes}
     return [sizes[name]() if name in sizes else 0 for name in modality_names[1:]]
-
-
-def vocab_ranges(text_vocab_size: int, code_sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Lay the modalities' vocabularies one after the other.
-
-    Returns:
-        One half-open range `(start, end)` of token ids per modality, text first.
-    """
-    ranges = [(0, text_vocab_size)]
-    for size in code_sizes:
-        ranges.append((ranges[-1][1], ranges[-1][1] + size))
-    return ranges

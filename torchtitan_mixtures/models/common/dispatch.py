@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from torchtitan_mixtures.models.common.grouped_mm import grouped_mm
 
@@ -289,7 +290,9 @@ class LinearTowers(Towers):
     def forward(self, slices: Sequence[Tensor], plan: Plan | None) -> list[Tensor]:
         """As in `Towers`."""
         if isinstance(plan, SortedPlan) and plan.is_grouped and len(self) > 1:
-            weights = torch.stack(tuple(self.weights)).transpose(1, 2)
+            # Under tensor parallelism the product is that of this rank's part of each weight.
+            local = [w.to_local() if isinstance(w, DTensor) else w for w in self.weights]
+            weights = torch.stack(local).transpose(1, 2)
             return [grouped_mm(slices[0], weights, plan.ends)]
         return super().forward(slices, plan)
 
@@ -302,6 +305,39 @@ class NormTowers(Towers):
 
     def __init__(self, names: Sequence[str], dim: int, eps: float) -> None:
         super().__init__({name: nn.RMSNorm(dim, eps=eps) for name in names})
+
+    def reset_parameters(self) -> None:
+        """Set all scales to one."""
+        for norm in self.values():
+            cast(nn.RMSNorm, norm).reset_parameters()
+
+
+class RowNorm(nn.ModuleDict):
+    """A norm of the residual stream: rows in, rows out, each normed by its tower.
+
+    Not `NormTowers` because tensor parallelism norms a share of the rows, which has slices of its
+    own.
+
+    State dict: `{tower name}.weight (dim,)`.
+    """
+
+    def __init__(self, names: Sequence[str], dim: int, eps: float) -> None:
+        super().__init__({name: nn.RMSNorm(dim, eps=eps) for name in names})
+
+    def forward(self, x: Tensor, plan: Plan | None) -> Tensor:
+        """Norm each row.
+
+        Args:
+            x: Residual stream, `(rows, dim)`; `(batch, seq, dim)` without a plan.
+            plan: The plan of this batch.
+
+        Returns:
+            Same shape as `x`.
+        """
+        norms = list(self.values())
+        if plan is None or len(norms) == 1:
+            return norms[0](x)
+        return plan.merge([norm(part) for norm, part in zip(norms, plan.split(x), strict=True)])
 
     def reset_parameters(self) -> None:
         """Set all scales to one."""

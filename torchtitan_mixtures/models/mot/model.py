@@ -25,9 +25,8 @@ from torchtitan_mixtures.models.common.attention import (
     document_ids_from_eos,
 )
 from torchtitan_mixtures.models.common.dispatch import (
-    NormTowers,
     Plan,
-    merge_slices,
+    RowNorm,
     plan_by_masks,
     plan_by_sorting,
 )
@@ -53,8 +52,8 @@ class MoTTransformerBlock(nn.Module):
         names = args.names_of(args.untie_norm)
         self.attention = ModalityUntiedAttention(args)
         self.feed_forward = ModalityUntiedFeedForward(args)
-        self.attention_norm = NormTowers(names, args.dim, args.norm_eps)
-        self.ffn_norm = NormTowers(names, args.dim, args.norm_eps)
+        self.attention_norm = RowNorm(names, args.dim, args.norm_eps)
+        self.ffn_norm = RowNorm(names, args.dim, args.norm_eps)
         self.is_pre_norm = args.norm_position == "pre"
         depth = layer_id + 1 if args.depth_init else args.n_layers
         self.branch_init_std = 0.02 / (2 * depth) ** 0.5
@@ -75,10 +74,10 @@ class MoTTransformerBlock(nn.Module):
             Same shape as `x`.
         """
         if self.is_pre_norm:
-            x = x + self.attention(_norm(self.attention_norm, x, plan), rotation, mask, plan)
-            return x + self.feed_forward(_norm(self.ffn_norm, x, plan), plan)
-        x = x + _norm(self.attention_norm, self.attention(x, rotation, mask, plan), plan)
-        return x + _norm(self.ffn_norm, self.feed_forward(x, plan), plan)
+            x = x + self.attention(self.attention_norm(x, plan), rotation, mask, plan)
+            return x + self.feed_forward(self.ffn_norm(x, plan), plan)
+        x = x + self.attention_norm(self.attention(x, rotation, mask, plan), plan)
+        return x + self.ffn_norm(self.feed_forward(x, plan), plan)
 
     def init_weights(self) -> None:
         """Initialise all weights of the block."""
@@ -102,10 +101,6 @@ class MoTTransformerBlock(nn.Module):
         for towers in (self.attention.wo, self.feed_forward.w2):
             for weight in towers.weights[1:]:
                 nn.init.zeros_(weight)
-
-
-def _norm(norms: NormTowers, x: Tensor, plan: Plan | None) -> Tensor:
-    return merge_slices(norms(norms.split(x, plan), plan), plan)
 
 
 class MoTTransformer(ModelProtocol):
@@ -135,9 +130,9 @@ class MoTTransformer(ModelProtocol):
         self.layers = nn.ModuleDict(
             {str(i): MoTTransformerBlock(i, model_args) for i in range(model_args.n_layers)}
         )
-        self.norm: nn.RMSNorm | NormTowers | None
+        self.norm: nn.RMSNorm | RowNorm | None
         if model_args.untie_final_norm:
-            self.norm = NormTowers(model_args.tower_names, dim, model_args.norm_eps)
+            self.norm = RowNorm(model_args.tower_names, dim, model_args.norm_eps)
         else:
             self.norm = nn.RMSNorm(dim, eps=model_args.norm_eps)
         self.output: nn.Linear | None = nn.Linear(dim, vocab_size, bias=False)
@@ -188,8 +183,8 @@ class MoTTransformer(ModelProtocol):
             h = tokens if plan is None else plan.sort(tokens)
         for layer in self.layers.values():
             h = layer(h, rotation, mask, plan)
-        if isinstance(self.norm, NormTowers):
-            h = _norm(self.norm, h, plan)
+        if isinstance(self.norm, RowNorm):
+            h = self.norm(h, plan)
         elif self.norm is not None:
             h = self.norm(h)
         if plan is not None:

@@ -1,0 +1,213 @@
+"""Tensor and sequence parallelism for sub-layers made of several towers.
+
+Around the sub-layers the residual stream is cut along its rows (or its sequence), one share per
+rank; inside, every rank sees all rows and computes its part of the heads or hidden units. What a
+rank returns is a partial sum over all towers at once. So a sub-layer costs one all-gather in front
+and one reduce-scatter behind, in the backward pass the same in reverse, whatever the number of
+towers. PyTorch's own `ColwiseParallel` and `RowwiseParallel` cut the weights.
+
+Every parameter becomes a DTensor on the mesh, those of norms a replicated one whose gradient is a
+pending sum (`Partial`): FSDP, the optimiser and gradient clipping then agree about all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from torchtitan_mixtures.models.common.dispatch import Plan, RowNorm
+
+
+def gather(x: Tensor, mesh: DeviceMesh, dim: int, grad: Placement) -> Tensor:
+    """Join the shares of all ranks.
+
+    Args:
+        x: This rank's share, cut along `dim`.
+        mesh: The ranks, one-dimensional.
+        dim: The dimension to join.
+        grad: What a rank's gradient of the result is: `Partial()`, one term of a sum (the backward
+            pass is a reduce-scatter), or `Replicate()`, already whole (no communication).
+    """
+    share = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False)
+    return share.redistribute(placements=[Replicate()]).to_local(grad_placements=[grad])
+
+
+def scatter(x: Tensor, mesh: DeviceMesh, dim: int, layout: Placement) -> Tensor:
+    """Keep this rank's share along `dim`; the backward pass is an all-gather.
+
+    Args:
+        x: All rows: one term of a sum (`layout` is `Partial()`: a reduce-scatter), or the same
+            on all ranks (`Replicate()`: no communication).
+        mesh: The ranks, one-dimensional.
+        dim: The dimension to cut.
+        layout: See `x`.
+    """
+    whole = DTensor.from_local(x, mesh, [layout], run_check=False)
+    return whole.redistribute(placements=[Shard(dim)]).to_local()
+
+
+class SubLayer(ParallelStyle):
+    """A module that needs all rows and returns a partial sum, between shares of the stream."""
+
+    def __init__(self, dim: int) -> None:
+        """Take the dimension of the residual stream that is cut."""
+        self.dim = dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(
+            lambda _, inputs: (gather(inputs[0], device_mesh, self.dim, Partial()), *inputs[1:])
+        )
+        module.register_forward_hook(
+            lambda _, inputs, output: scatter(output, device_mesh, self.dim, Partial())
+        )
+        return module
+
+
+class GatheredOutput(ParallelStyle):
+    """A module between whose output and the next module the stream is joined."""
+
+    def __init__(self, dim: int, grad: Placement, style: ParallelStyle | None = None) -> None:
+        """Build the style.
+
+        Args:
+            dim: The dimension of the output that is cut.
+            grad: As in `gather`.
+            style: How the module itself is parallelised.
+        """
+        self.dim, self.grad, self.style = dim, grad, style
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if self.style is not None:
+            module = self.style._apply(module, device_mesh)
+        module.register_forward_hook(
+            lambda _, inputs, output: gather(output, device_mesh, self.dim, self.grad)
+        )
+        return module
+
+
+class ScatteredInput(ParallelStyle):
+    """A module that works on shares of a stream that reaches every rank whole."""
+
+    def __init__(self, dim: int) -> None:
+        """Take the dimension to cut."""
+        self.dim = dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(
+            lambda _, inputs: (scatter(inputs[0], device_mesh, self.dim, Replicate()), *inputs[1:])
+        )
+        return module
+
+
+class GatheredInput(ParallelStyle):
+    """A column-parallel layer whose input was joined before, by `gather`.
+
+    On its own a column-parallel layer sums the gradient of its input over all ranks. Here that sum
+    is left to `gather`, which reduces the gradients of all towers and projections at once.
+    """
+
+    def __init__(self, style: ParallelStyle) -> None:
+        """Take the layer's own style, `ColwiseParallel` or a variant of it."""
+        self.style = style
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        # Registered before the style's own hook, which takes a DTensor as it is.
+        module.register_forward_pre_hook(partial(_as_replicated, device_mesh))
+        return self.style._apply(module, device_mesh)
+
+
+def _as_replicated(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x = DTensor.from_local(
+        inputs[0], mesh, [Replicate()], run_check=False, grad_placements=[Partial()]
+    )
+    return (x, *inputs[1:])
+
+
+class RowNormParallel(ParallelStyle):
+    """A `RowNorm` on this rank's share of the rows."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for norm in cast(RowNorm, module).values():
+            weight = distribute_tensor(
+                cast(Tensor, norm.weight), device_mesh, [Replicate()], src_data_rank=0
+            )
+            norm.register_parameter("weight", nn.Parameter(weight))
+        # As FSDP does: another class and not another module, so names and references stay.
+        module.__class__ = ShardedRowNorm
+        cast(ShardedRowNorm, module).share = device_mesh.get_local_rank()
+        return module
+
+
+class ShardedRowNorm(RowNorm):
+    """A norm of one rank's share of the sorted rows.
+
+    The statistics of a row do not depend on its tower, the scale does, and it is picked per row.
+    The share could be cut into slices of towers like the whole, but a slice may then be empty, and
+    each pattern of empty slices would be a graph of its own under torch.compile. Norming in front
+    of the reduce-scatter or behind the all-gather would be done on every rank, and keep activations
+    of all rows for the backward pass. Against `nn.RMSNorm`, in bfloat16, the normed row is rounded
+    before it is scaled, as in Llama's own code.
+
+    State dict: as `RowNorm`.
+    """
+
+    share: int
+    """Which of the equal shares of all rows this rank holds."""
+
+    def forward(self, x: Tensor, plan: Plan | None) -> Tensor:
+        """Norm each row by its tower.
+
+        Args:
+            x: This rank's share of the residual stream, `(rows / ranks, dim)`;
+                `(batch, seq / ranks, dim)` without a plan.
+            plan: The plan of all rows.
+
+        Returns:
+            Same shape as `x`.
+        """
+        norms = [cast(nn.RMSNorm, norm) for norm in self.values()]
+        shape, eps = norms[0].normalized_shape, norms[0].eps
+        # Each rank sees other rows, so its gradient is one term of a sum.
+        weights = [
+            cast(DTensor, norm.weight).to_local(grad_placements=[Partial()]) for norm in norms
+        ]
+        if plan is None or len(weights) == 1:
+            return F.rms_norm(x, shape, weights[0], eps)
+        first = self.share * x.shape[0]
+        rows = torch.arange(first, first + x.shape[0], device=x.device)[:, None]
+        scale = weights[0]
+        for weight, start in zip(weights[1:], plan.ends, strict=False):
+            # Rows are sorted by tower: the last condition that holds decides.
+            scale = torch.where(rows >= start, weight, scale)  # (rows / ranks, dim)
+        return F.rms_norm(x, shape, None, eps) * scale
+
+
+def apply_tensor_parallel(
+    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, ParallelStyle]
+) -> None:
+    """Cut a model along `styles` (module path -> style); changes it in place.
+
+    Raises:
+        RuntimeError: A parameter is in no style: it would be missing from the mesh, and its
+            gradient wrong without a word.
+    """
+    parallelize_module(model, mesh, dict(styles))
+    left = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if left:
+        raise RuntimeError(f"tensor parallelism leaves out {', '.join(left)}")
