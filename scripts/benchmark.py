@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 # First: it points TorchTitan at the CPU if need be.
@@ -22,7 +22,7 @@ import torch
 from torchtitan_mixtures import benchmark as measure
 from torchtitan_mixtures.device import has_accelerator
 
-Row = Callable[[argparse.Namespace, torch.device], list[measure.Table]]
+Row = Callable[[argparse.Namespace, torch.device], Iterable[measure.Table]]
 
 
 def add_mot(parser: argparse.ArgumentParser) -> Mapping[str, Row]:

@@ -5,6 +5,7 @@ each round: a machine that slows down for a while slows both sides of a ratio. T
 twice per round; its ratio to itself is the noise floor below which a difference means nothing.
 """
 
+import math
 import os
 import platform
 import random
@@ -66,6 +67,7 @@ def time_interleaved(
     rounds: int,
     *,
     warmup: int = 1,
+    limit: float = math.inf,
     timer: Timer = time_on_cpu,
     seed: int = 0,
 ) -> dict[str, list[float]]:
@@ -75,17 +77,23 @@ def time_interleaved(
         runs: What to run, by name.
         rounds: How often each is timed.
         warmup: Rounds before those, which are not counted.
+        limit: Seconds after which no further round starts, but for the first three: a machine
+            that is busy shall give wide quartiles, not a run without end.
         timer: Times one call.
         seed: Of the order, which is drawn anew in every round.
 
     Returns:
-        Seconds of each name, one entry per round.
+        Seconds of each name, one entry per round that was run.
     """
     generator = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    spent = 0.0
     for index in range(warmup + rounds):
+        if spent > limit and index >= warmup + 3:
+            break
         for name in generator.sample(list(runs), len(runs)):
             elapsed = timer(runs[name])
+            spent += elapsed
             if index >= warmup:
                 seconds[name].append(elapsed)
     return seconds
@@ -344,8 +352,10 @@ class Table:
         return {"title": self.title, "notes": self.notes, "rows": self.records}
 
 
-def judge(value: float, must: float, aim: float) -> str:
-    """Compare a cost with its targets."""
+def judge(value: float, must: float, aim: float, floor: Spread | None = None) -> str:
+    """Compare a cost with its targets; not if the floor, which should be 1, is over 3 % off."""
+    if floor and max(floor.high - 1, 1 - floor.low) > 0.03:
+        return "too noisy"
     return "aim met" if value <= aim else "met" if value <= must else "MISSED"
 
 

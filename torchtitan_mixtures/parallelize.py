@@ -1,7 +1,7 @@
 """The one place where parallelism is applied to a model, in TorchTitan's order.
 
 A family declares where to cut (`Cuts`); the order and mechanics are here and the same for all:
-activation checkpointing, then compilation of each block, then FSDP2, HSDP or DDP.
+tensor parallelism, activation checkpointing, compilation of each block, then FSDP2, HSDP or DDP.
 
 Gradients are **sums** over data-parallel ranks everywhere, because the trainer divides the loss by
 the global number of supervised positions: FSDP's own division is switched off, and DDP's average
@@ -10,7 +10,8 @@ is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,13 +25,17 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.tensor.parallel.style import ParallelStyle
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
+from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import device
-from torchtitan_mixtures.checks import require_checked
+from torchtitan_mixtures.checks import check_tensor_parallel, require_checked
+from torchtitan_mixtures.tensor_parallel import apply_tensor_parallel
 
 # What selective activation checkpointing of kind "op" saves instead of recomputing.
 SAVED_OPS = (
@@ -47,6 +52,20 @@ SAVED_OPS = (
 
 
 @dataclass(frozen=True)
+class TensorCuts:
+    """Where tensor parallelism cuts a family's layers.
+
+    Attributes:
+        styles: Given the model and whether the loss takes logits cut along the vocabulary:
+            module path -> style.
+        sizes: Given the model's arguments, what the degree must divide: description -> number.
+    """
+
+    styles: Callable[[nn.Module, bool], Mapping[str, ParallelStyle]]
+    sizes: Callable[[BaseModelArgs], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
 class Cuts:
     """Where a family's model may be cut.
 
@@ -55,11 +74,14 @@ class Cuts:
             the blocks in `layers`: those `before` them and those `after` them. Paths that a
             pipeline stage does not have are skipped.
         saved_ops: Further operators that selective activation checkpointing saves.
+        tensor_parallel: None: the family does not support it. `checks` finds this by the name
+            `CUTS` in the family's `parallelize` module.
     """
 
     units_before: Sequence[Sequence[str]] = ()
     units_after: Sequence[Sequence[str]] = ()
     saved_ops: Sequence[Callable[..., Any]] = field(default=())
+    tensor_parallel: TensorCuts | None = None
 
 
 def parallelize(
@@ -77,16 +99,11 @@ def parallelize(
         The same model.
     """
     _check_trainer(parallel_dims, job_config)
+    if parallel_dims.tp_enabled:
+        apply_tp(model, parallel_dims, job_config, cuts)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
-        apply_ac(
-            model,
-            job_config.activation_checkpoint,
-            model_compile_enabled=compiled,
-            # pyrefly: ignore [bad-argument-type]  # higher-order operators are saved too
-            op_sac_save_list={*SAVED_OPS, *cuts.saved_ops},
-            base_folder=job_config.job.dump_folder,
-        )
+        apply_checkpointing(model, parallel_dims, job_config, cuts, compiled)
     if compiled:
         apply_compile(model, job_config.compile.backend)
     if parallel_dims.fsdp_enabled:
@@ -106,6 +123,45 @@ def _check_trainer(parallel_dims: ParallelDims, job_config: JobConfig) -> None:
     data = getattr(job_config, "multimodal", None)
     if data is not None and (data.text_weight not in (0, 1) or data.image_weight not in (0, 1)):
         require_checked(job_config, "a loss weight of a modality")
+
+
+def apply_tp(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cuts: Cuts
+) -> None:
+    """Cut the layers of a model along what its family declares."""
+    args = cast(BaseModelArgs, model.model_args)
+    check_tensor_parallel(job_config, args, cuts.tensor_parallel)
+    assert cuts.tensor_parallel is not None
+    mesh = parallel_dims.get_mesh("tp")
+    loss_parallel = not job_config.parallelism.disable_loss_parallel
+    apply_tensor_parallel(model, mesh, cuts.tensor_parallel.styles(model, loss_parallel))
+    maybe_enable_async_tp(job_config, mesh)
+    logger.info(f"Applied tensor parallelism over {mesh.size()} ranks to the model")
+
+
+def apply_checkpointing(
+    model: nn.Module,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+    cuts: Cuts,
+    compiled: bool,
+) -> None:
+    """Keep only a part of each block's activations and recompute the rest in the backward pass."""
+    config, saved = job_config.activation_checkpoint, {*SAVED_OPS, *cuts.saved_ops}
+    full = config.mode == "full"
+    if full and compiled and parallel_dims.tp_enabled and not device.has_accelerator():
+        # On a CPU, PyTorch 2.13 saves the random state of a recomputed attention kernel where the
+        # backward graph expects a mesh. Attention is saved there, all else recomputed as asked for.
+        config = dataclasses.replace(config, mode="selective", selective_ac_option="op")
+        saved = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+    apply_ac(
+        model,
+        config,
+        model_compile_enabled=compiled,
+        # pyrefly: ignore [bad-argument-type]  # higher-order operators are saved too
+        op_sac_save_list=saved,
+        base_folder=job_config.job.dump_folder,
+    )
 
 
 def apply_compile(model: nn.Module, backend: str) -> None:

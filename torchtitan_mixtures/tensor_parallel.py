@@ -28,10 +28,10 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from torchtitan_mixtures.models.common.dispatch import Plan, RowNorm
+from torchtitan_mixtures.models.common.dispatch import Plan, RowNorm, SortedPlan
 
 
 def gather(x: Tensor, mesh: DeviceMesh, dim: int, grad: Placement) -> Tensor:
@@ -99,6 +99,18 @@ class GatheredOutput(ParallelStyle):
             lambda _, inputs, output: gather(output, device_mesh, self.dim, self.grad)
         )
         return module
+
+
+class VocabParallel(RowwiseParallel):
+    """An embedding cut along the vocabulary whose output is this rank's share of the stream.
+
+    PyTorch's style returns a tensor that is still being reduced; the gradient of one that enters a
+    compiled block arrives in the wrong class and stops the backward pass (2.13).
+    """
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh):
+        return outputs.redistribute(placements=output_layouts).to_local()
 
 
 class ScatteredInput(ParallelStyle):
@@ -187,7 +199,7 @@ class ShardedRowNorm(RowNorm):
         weights = [
             cast(DTensor, norm.weight).to_local(grad_placements=[Partial()]) for norm in norms
         ]
-        if plan is None or len(weights) == 1:
+        if not isinstance(plan, SortedPlan) or len(weights) == 1:
             return F.rms_norm(x, shape, weights[0], eps)
         first = self.share * x.shape[0]
         rows = torch.arange(first, first + x.shape[0], device=x.device)[:, None]

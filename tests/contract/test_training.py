@@ -9,47 +9,8 @@ import torch
 
 from tests.gang import run_ranks
 from tests.jobs import debug_job
+from tests.runs import QUICK, train
 from torchtitan_mixtures.models import FAMILIES
-
-
-def train(family: str, *overrides: str) -> dict:
-    """Run the trainer; return losses by step, gradient norms, and the final weights' checksum."""
-    from torchtitan_mixtures.trainer import MixtureTrainer
-
-    job = debug_job(family, *overrides)
-    trainer = MixtureTrainer(job)
-    records: dict = {"loss": {}, "grad_norm": {}, "validation": {}}
-    processor = trainer.metrics_processor
-
-    def log(step, loss, max_loss, grad_norm, extra_metrics=None, *, original=processor.log):
-        records["loss"][step] = loss
-        records["grad_norm"][step] = grad_norm
-        original(step, loss, max_loss, grad_norm, extra_metrics)
-
-    processor.log = log
-    if job.validation.enable:
-        original = processor.log_validation
-
-        def log_validation(loss, step, **rest):
-            records["validation"][step, rest["split"]] = loss
-            original(loss, step, **rest)
-
-        processor.log_validation = log_validation
-    trainer.train()
-    records["weights"] = {}
-    for name, p in trainer.model_parts[0].named_parameters():
-        name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-        whole = p.full_tensor() if hasattr(p, "full_tensor") else p
-        records["weights"][name] = whole.detach().double().sum().item()
-    trainer.close()
-    return records
-
-
-QUICK = (
-    "--metrics.no_enable_tensorboard",
-    "--checkpoint.no_enable",
-    "--validation.no_enable",
-)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,42 +104,6 @@ def test_compiled_blocks_train_as_eager_ones(family, tmp_path):
     for step in (1, 2, 3):
         assert compiled["loss"][step] == pytest.approx(eager["loss"][step], rel=1e-5)
         assert compiled["grad_norm"][step] == pytest.approx(eager["grad_norm"][step], rel=1e-3)
-
-
-TWO_RANKS = {
-    "FSDP2": [],
-    "DDP": ["--parallelism.data_parallel_replicate_degree=2",
-            "--parallelism.data_parallel_shard_degree=1"],
-    "FSDP2_compiled": ["--compile.enable", "--compile.backend=aot_eager"],
-    "FSDP2_full_ac": ["--activation_checkpoint.mode=full"],
-    "FSDP2_never_reshard": ["--parallelism.fsdp_reshard_after_forward=never"],
-    "FSDP2_cpu_offload": ["--training.enable_cpu_offload"],
-}  # fmt: skip
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", TWO_RANKS)
-def test_two_ranks_take_the_same_steps_with_and_without_accumulation(family, layout, tmp_path):
-    # Two ranks read other documents than one, so runs of two are compared: four microbatches of
-    # one sequence against two of two.
-    base = (*QUICK, "--training.steps=3", "--training.global_batch_size=8",
-            "--lr_scheduler.warmup_steps=1")  # fmt: skip
-
-    def run(name, local, *options):
-        records = run_ranks(
-            train, 2, family, *base, f"--training.local_batch_size={local}", *options,
-            f"--job.dump_folder={tmp_path}/{name}", init=False, timeout=200,
-        )  # fmt: skip
-        assert records[0]["loss"] == records[1]["loss"]
-        assert records[0]["weights"] == records[1]["weights"]
-        return records[0]
-
-    expected = run("plain", 4)
-    found = run("layout", 1, *TWO_RANKS[layout])
-    for step in (1, 2, 3):
-        assert found["loss"][step] == pytest.approx(expected["loss"][step], rel=2e-5)
-        assert found["grad_norm"][step] == pytest.approx(expected["grad_norm"][step], rel=2e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -86,18 +87,21 @@ def position_losses(pred: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each label.
 
     Args:
-        pred: Logits, `(batch, seq, vocab)`.
+        pred: Logits, `(batch, seq, vocab)`; under PyTorch's `loss_parallel` a DTensor of them that
+            is cut along the vocabulary.
         labels: `(batch, seq)` int64; -100 gives 0.
 
     Returns:
-        `(batch * seq,)` float32, in nats.
+        `(batch * seq,)`, in nats, in float32 at least; a plain tensor, the same on every rank that
+        holds a part of the logits.
     """
-    return F.cross_entropy(
-        pred.flatten(0, 1).float(),
+    nll = F.cross_entropy(
+        pred.flatten(0, 1).to(torch.promote_types(pred.dtype, torch.float32)),
         labels.flatten(0, 1),
         reduction="none",
         ignore_index=IGNORE_INDEX,
     )
+    return nll.to_local() if isinstance(nll, DTensor) else nll
 
 
 class NextTokenLoss:
