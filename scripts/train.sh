@@ -27,5 +27,5 @@ if [ "$processes" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ] && ! command -v nvidi
     OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
     export OMP_NUM_THREADS
 fi
-exec torchrun --standalone --nproc_per_node="$processes" --local-ranks-filter "${LOG_RANK:-0}" \
+exec python scripts/launch.py --standalone --nproc_per_node="$processes" --local-ranks-filter "${LOG_RANK:-0}" \
     --role rank --tee 3 -m torchtitan_mixtures.train --config "$config" "$@"

@@ -4,7 +4,13 @@ Importing this package does two things, in this order: it points TorchTitan at t
 is no accelerator, and it registers the train spec of every family in `models.FAMILIES`.
 """
 
+import os
 from importlib import import_module
+
+# Before numpy is first imported. Only tokenising an image uses its BLAS, for one small product
+# after the other: waking a second thread costs more than it brings, and up to a hundred times
+# more where the cores are busy training.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from torchtitan_mixtures import device
 

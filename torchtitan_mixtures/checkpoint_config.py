@@ -101,9 +101,9 @@ def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
     """Name the DCP folder that TorchTitan will load for this job, if it will load one."""
     config = job_config.checkpoint
     folder = Path(job_config.job.dump_folder) / config.folder
+    if config.load_step != -1:
+        return folder / f"step-{config.load_step}"
     if folder.exists():
-        if config.load_step != -1:
-            return folder / f"step-{config.load_step}"
         return latest_checkpoint(folder)
     if config.initial_load_path and not config.initial_load_in_hf:
         return Path(config.initial_load_path)
@@ -113,11 +113,12 @@ def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
 def check_resume(job_config: JobConfig, model_args: BaseModelArgs) -> None:
     """Refuse a job that would load the checkpoint of another model.
 
-    Flavours whose parameters agree in name and shape may load each other's checkpoints (another
-    attention backend, say); that is logged.
+    Another model has other parameters, or the same ones and computes something else with them (a
+    norm in another place, say). What a family lists in `resumable_fields` of its arguments changes
+    neither; a flavour that differs in nothing else may go on, and that is logged.
 
     Raises:
-        ValueError: Names the checkpoint, both flavours and the first parameter that differs.
+        ValueError: Names the checkpoint, both flavours and the first thing that differs.
     """
     if not job_config.checkpoint.enable:
         return
@@ -138,6 +139,15 @@ def check_resume(job_config: JobConfig, model_args: BaseModelArgs) -> None:
                 f"{saved['parameters'].get(name, 'absent')} there and "
                 f"{shapes.get(name, 'absent')} here. Set model.flavor and the tokenizers as they "
                 "were, or another job.dump_folder."
+            )
+    fields = json.loads(json.dumps(dataclasses.asdict(model_args)))
+    for name in sorted(fields.keys() - getattr(model_args, "resumable_fields", set())):
+        if name in saved["model_args"] and saved["model_args"][name] != fields[name]:
+            raise ValueError(
+                f"{path} is a checkpoint of {theirs}, this job is {ours}: {name} was "
+                f"{saved['model_args'][name]!r} there and is {fields[name]!r} here, which makes it "
+                "another model. Set model.flavor and [mixture] as they were, or another "
+                "job.dump_folder."
             )
     _check_ranks(job_config, path, saved)
     if ours != theirs:

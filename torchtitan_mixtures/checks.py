@@ -23,7 +23,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
-from torchtitan_mixtures.data import emoji
+from torchtitan_mixtures.data import emoji, loader
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
 
@@ -72,9 +72,11 @@ def _config_file(arguments: Sequence[str]) -> str | None:
     for index, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if key in keys:
-            if equals:
-                return value
-            return arguments[index + 1] if index + 1 < len(arguments) else ""
+            following = arguments[index + 1 : index + 2]
+            path = value if equals else "".join(following)
+            if not path or path.startswith("--"):
+                raise ValueError("--config: the name of a TOML file must follow it.")
+            return path
     return None
 
 
@@ -92,6 +94,7 @@ def check_job(job_config: MixtureJobConfig) -> None:
             f"{CONFIG_MODULE!r}, which adds this plugin's sections."
         )
     _check_types(job_config, "")
+    _check_counts(job_config)
     model_args = _model_args(job_config)
     _check_data(job_config, model_args)
     _check_parallelism(job_config, model_args)
@@ -111,13 +114,42 @@ def require_checked(job_config: JobConfig, what: str) -> None:
 
 
 def _check_types(section: Any, prefix: str) -> None:
-    """Check the types of all values: the command line's parser checks its own, a TOML has none."""
+    """Check the types of all values, of a job that was not made from a TOML by our `train.py`."""
     for key in dataclasses.fields(section):
         value = getattr(section, key.name)
         if dataclasses.is_dataclass(value):
             _check_types(value, f"{prefix}{key.name}.")
         elif not matches_type(value, key.type):
             raise ValueError(f"{prefix}{key.name} = {value!r}: must be {describe_type(key.type)}.")
+
+
+def _check_counts(job_config: JobConfig) -> None:
+    """Check the numbers of things of which there must be one, and that the host divides by."""
+    keys = [
+        "training.local_batch_size",
+        "training.seq_len",
+        "training.steps",
+        "metrics.log_freq",
+        "parallelism.data_parallel_replicate_degree",
+        "parallelism.tensor_parallel_degree",
+        "parallelism.context_parallel_degree",
+        "parallelism.pipeline_parallel_degree",
+    ]
+    if job_config.validation.enable:
+        keys += ["validation.local_batch_size", "validation.seq_len", "validation.freq"]
+        if job_config.validation.steps != -1:
+            keys.append("validation.steps")
+    if job_config.checkpoint.enable:
+        keys.append("checkpoint.interval")
+    for key in keys:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(job_config, section), name)
+        if value < 1:
+            raise ValueError(f"{key} = {value}: must be 1 or more.")
+    if job_config.optimizer.name not in ("Adam", "AdamW"):
+        raise ValueError(
+            f"optimizer.name = {job_config.optimizer.name!r}: must be one of 'Adam', 'AdamW'."
+        )
 
 
 def _model_args(job_config: JobConfig) -> BaseModelArgs:
@@ -157,6 +189,7 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
                     f"multimodal.{key} = {name!r}: the splits of the embedded corpus are "
                     f"{', '.join(emoji.SPLITS)}."
                 )
+    loader.check_settings(job_config)
     if data.text_weight == 0 and data.image_weight == 0:
         raise ValueError(
             "multimodal.text_weight = 0 and multimodal.image_weight = 0: nothing would be "
@@ -189,7 +222,7 @@ def _check_parallelism(job_config: JobConfig, model_args: Any) -> None:
     check_tensor_parallel(job_config, model_args, _tensor_cuts(job_config.model.name))
     ranks = _check_degrees(config, world)
     local, wanted = job_config.training.local_batch_size, job_config.training.global_batch_size
-    if local < 1 or (wanted >= 0 and (wanted == 0 or wanted % (local * ranks))):
+    if wanted >= 0 and (wanted == 0 or wanted % (local * ranks)):
         raise ValueError(
             f"training.global_batch_size = {wanted}: must be -1 or a multiple of "
             f"training.local_batch_size ({local}) x data-parallel ranks ({ranks}) = "

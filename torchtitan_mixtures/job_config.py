@@ -55,7 +55,10 @@ class Multimodal:
     """Share of undecodable samples above which the run stops. All are counted and logged."""
 
     scene_fraction: float = 0.25
-    """For `emoji`: share of documents that are composed scenes of two to four drawings."""
+    """For `emoji`: share of pictures that are composed scenes of two to four drawings."""
+
+    max_pairs: int = 3
+    """For `emoji`: the most pairs of a caption and an image in one document; fewer are likelier."""
 
     text_tokenizer: str = "emoji"
     """`emoji`: the embedded vocabulary of 2,048. Else a folder with a `tokenizer.json`."""
@@ -84,6 +87,8 @@ class Multimodal:
             value = getattr(self, key)
             if not 0 <= value <= 1:
                 raise ValueError(f"multimodal.{key} = {value}: must be between 0 and 1.")
+        if self.max_pairs < 1:
+            raise ValueError(f"multimodal.max_pairs = {self.max_pairs}: must be at least 1.")
         for key in ("text_weight", "image_weight"):
             value = getattr(self, key)
             if not 0 <= value < float("inf"):

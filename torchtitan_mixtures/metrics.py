@@ -50,6 +50,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         """
         super().__init__(job_config, parallel_dims)
         self._tower_of_parameter = tower_of_parameter
+        self._step_of_interval = 0
 
     def log(
         self,
@@ -70,7 +71,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
-        steps = self.job_config.metrics.log_freq if step > 1 else 1
+        steps = max(1, step - self._step_of_interval)
         tokens_per_second = self.ntokens_since_last_log / (
             seconds * self.parallel_dims.non_data_parallel_size
         )
@@ -100,7 +101,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         scalars |= extra_metrics or {}
         self.logger.log(scalars, step)
         self._print(step, scalars, losses, norms)
-        self._start_interval()
+        self.restart_clock(step)
 
     def log_validation(
         self,
@@ -129,11 +130,13 @@ class MixtureMetricsProcessor(MetricsProcessor):
             f"{c.turquoise}{describe_losses(losses or {})}{c.reset}"
         )
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last log out of the throughput (after validation, say)."""
-        self._start_interval()
+    def restart_clock(self, step: int) -> None:
+        """Measure throughput from here on; what came before (validation, say) does not count.
 
-    def _start_interval(self) -> None:
+        Args:
+            step: The last step that is left out.
+        """
+        self._step_of_interval = step
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()

@@ -18,16 +18,15 @@ from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
-from torchtitan_mixtures.objectives.next_token import LossMeter, Targets, split_batch
-from torchtitan_mixtures.validate import MixtureValidator
+from torchtitan_mixtures.objectives.next_token import LossMeter, Targets, prepare_batch
 
 
 class MixtureTrainer(Trainer):
     """TorchTitan's trainer for the families of this plugin.
 
     It adds: checks of the whole configuration before anything is built; a batch's split into
-    inputs and targets; the hand-over of the loss's meter to the metrics and of the batch handling
-    to the validator; and a `config.json` in every checkpoint.
+    inputs and targets; the hand-over of the loss's meter to the metrics; and a `config.json` in
+    every checkpoint.
     """
 
     loss_meter: LossMeter | None
@@ -37,9 +36,8 @@ class MixtureTrainer(Trainer):
         super().__init__(job_config)
         self.has_stepped = False
         self.loss_meter = getattr(self.loss_fn, "meter", None)
-        cast(MixtureMetricsProcessor, self.metrics_processor).loss_meter = self.loss_meter
-        if job_config.validation.enable:
-            cast(MixtureValidator, self.validator).prepare_batch = self.post_dataloading_process
+        self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
+        self.processor.loss_meter = self.loss_meter
 
     def init_distributed(self) -> ParallelDims:
         """Set up the process groups and the layout.
@@ -58,20 +56,15 @@ class MixtureTrainer(Trainer):
     def post_dataloading_process(  # pyrefly: ignore [bad-override]  (targets may be any object)
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]:
-        """Split a batch into inputs, targets, and the keyword arguments of `forward`."""
-        inputs, targets, extra_inputs = split_batch(input_dict, labels)
-        extra_kwargs: dict[str, Any] = {}
-        if getattr(self.model_args, "attn_type", "sdpa") in ("flex", "varlen"):
-            # Built once here and not in every pipeline stage's forward.
-            model = cast(ModelProtocol, self.model_parts[0])
-            extra_kwargs["attention_masks"] = model.get_attention_masks(
-                inputs, cast(BaseTokenizer, self.tokenizer), extra_inputs
-            )
-        return inputs, targets, extra_inputs, extra_kwargs
+        """See `prepare_batch`."""
+        model = cast(ModelProtocol, self.model_parts[0])
+        return prepare_batch(model, cast(BaseTokenizer, self.tokenizer), input_dict, labels)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Take one optimiser step; losses per modality are those of this step."""
-        self.has_stepped = True
+        if not self.has_stepped:  # what start-up and loading took says nothing about steps
+            self.processor.restart_clock(self.step - 1)
+            self.has_stepped = True
         if self.loss_meter is not None:
             self.loss_meter.reset()
         super().train_step(data_iterator)

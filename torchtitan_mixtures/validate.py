@@ -9,34 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import ModelProtocol
 from torchtitan.tools import utils
 
 from torchtitan_mixtures.data.loader import build_multimodal_validation_dataloader
 from torchtitan_mixtures.data.tokenizers import TextTokenizer
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor, reduce_meter
-from torchtitan_mixtures.objectives.next_token import LossMeter, NextTokenLoss, Targets
-
-PrepareBatch = Callable[
-    [dict[str, Tensor], Any], tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]
-]
+from torchtitan_mixtures.objectives.next_token import LossMeter, NextTokenLoss, prepare_batch
 
 
 class MixtureValidator(BaseValidator):
-    """Loss of each validation split, reduced over all ranks.
-
-    Attributes:
-        prepare_batch: The trainer's `post_dataloading_process`; the trainer sets it, so that
-            training and validation cannot differ in how a batch reaches the model.
-    """
-
-    prepare_batch: PrepareBatch
+    """Loss of each validation split, reduced over all ranks."""
 
     def __init__(
         self,
@@ -52,6 +42,7 @@ class MixtureValidator(BaseValidator):
         **unused: Any,
     ):
         super().__init__(job_config)
+        self.tokenizer = tokenizer
         self.parallel_dims = parallel_dims
         self.loss_fn = loss_fn
         self.validation_context = validation_context
@@ -86,7 +77,7 @@ class MixtureValidator(BaseValidator):
             self.loss_fn.meter = meter
             for part in model_parts:
                 part.train()
-        self.metrics_processor.restart_clock()
+        self.metrics_processor.restart_clock(step)
 
     def _validate_split(self, model: nn.Module, split: str, step: int) -> None:
         self.loss_fn.meter.reset()
@@ -95,8 +86,11 @@ class MixtureValidator(BaseValidator):
             if limit != -1 and index >= limit:
                 break
             input_dict = {k: v.to(utils.device_type) for k, v in input_dict.items()}
-            inputs, targets, extra_inputs, extra_kwargs = self.prepare_batch(
-                input_dict, labels.to(utils.device_type)
+            inputs, targets, extra_inputs, extra_kwargs = prepare_batch(
+                cast(ModelProtocol, model),
+                self.tokenizer,
+                input_dict,
+                labels.to(utils.device_type),
             )
             with self.validation_context(), self.maybe_enable_amp:
                 self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), targets)

@@ -53,10 +53,10 @@ BATCHES = {"mixed": None, "none": 0, "one": 1, "all": -1}
 ROWS, SEQ = 4, 60
 
 
-def cases(variants):
-    """All batches of the first two variants, and the mixed one of the others."""
-    edges = [(variant, batch) for variant in variants[:2] for batch in BATCHES]
-    return edges + [(variant, "mixed") for variant in variants[2:]]
+def cases(variants, num_with_edges=1):
+    """All batches of the first variants, and the mixed one of the others."""
+    edges = [(variant, batch) for variant in variants[:num_with_edges] for batch in BATCHES]
+    return edges + [(variant, "mixed") for variant in variants[num_with_edges:]]
 
 
 def make_args(variant):
@@ -94,10 +94,16 @@ def make_batch(args, amount):
     return inputs, Targets(labels, torch.rand(ROWS, SEQ, generator=rng))
 
 
-def build(args, job, dims):
+def build(args, job, dims, stage=None):
     spec = get_train_spec("mot")
     with torch.device("meta"):
         model = spec.model_cls(args)
+    if stage == 0:
+        del model.layers["1"]
+        model.norm = model.output = None
+    elif stage == 1:
+        del model.layers["0"]
+        model.tok_embeddings = None
     if dims is not None:
         model = spec.parallelize_fn(model, dims, job)
     model.to_empty(device="cpu")
@@ -176,8 +182,7 @@ def compare(layout, wanted, is_loss_parallel):
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         expected_norm = torch.nn.utils.get_total_norm(list(expected[2].values()))
         errors["norm"] = relative_error(whole(norm), expected_norm)
-        name = max(errors, key=lambda name: errors[name])
-        worst[variant, batch] = (errors[name], name)
+        worst[variant, batch] = max((error, name) for name, error in errors.items())
     return worst
 
 
@@ -189,9 +194,8 @@ def assert_small(results):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_every_gradient_equal_one_process(layout):
-    # What concerns the cut of a single layer is enough on two ranks.
-    variants = list(VARIANTS)[: None if layout == "TP2" else 6]
-    assert_small(run_ranks(compare, LAYOUTS[layout][0], layout, cases(variants), True))
+    wanted = cases(list(VARIANTS), 2) if layout == "TP2" else cases(list(VARIANTS)[:6])
+    assert_small(run_ranks(compare, LAYOUTS[layout][0], layout, wanted, True))
 
 
 def test_without_loss_parallel_nothing_else_changes():
@@ -199,8 +203,12 @@ def test_without_loss_parallel_nothing_else_changes():
     assert_small(run_ranks(compare, 2, "TP2", wanted, False))
 
 
-def step_twice(layout, optimizer):
-    """Clip and take two optimiser steps; return the largest relative error of a weight."""
+def step_twice(layout, *optimizers):
+    """Clip and take two optimiser steps; return the largest relative errors of a weight."""
+    return [_step_twice(layout, optimizer) for optimizer in optimizers]
+
+
+def _step_twice(layout, optimizer):
     torch.set_default_dtype(torch.float64)
     TORCH_DTYPE_MAP["float64"] = torch.float64
     torch.manual_seed(0)
@@ -211,7 +219,8 @@ def step_twice(layout, optimizer):
     mesh = dims.get_optional_mesh("batch")
     ranks, rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
     rows = ROWS // ranks
-    for model, part in zip(models, (slice(rank * rows, (rank + 1) * rows), slice(None))):
+    parts = slice(rank * rows, (rank + 1) * rows), slice(None)
+    for model, part in zip(models, parts, strict=True):
         # A large epsilon: with a small one Adam's first steps are the signs of the gradients, and
         # any error of their size would go unnoticed.
         steps = torch.optim.AdamW(model.parameters(), lr=0.1, eps=1.0, **optimizer)
@@ -231,17 +240,39 @@ def step_twice(layout, optimizer):
     initial = dict(build(args, job, None).named_parameters())
     errors = {}
     for name, p in models[0].named_parameters():
-        change = (expected[name] - initial[name]).detach()
-        errors[name] = relative_error(whole(p).detach() - initial[name].detach(), change)
-    name = max(errors, key=lambda name: errors[name])
-    return errors[name], name
+        start = initial[name].detach()
+        errors[name] = relative_error(whole(p).detach() - start, expected[name].detach() - start)
+    return max((error, name) for name, error in errors.items())
+
+
+def compare_two_stages():
+    """The largest relative error of a gradient where activations leave one stage for another."""
+    torch.set_default_dtype(torch.float64)
+    args, job = make_args("2 modalities")
+    job.parallelism.tensor_parallel_degree = 2
+    inputs, targets = make_batch(args, None)
+    *_, expected = step(build(args, job, None), args, (inputs, targets))
+    first, second = (build(args, job, make_dims("TP2"), stage) for stage in (0, 1))
+    activations = first(**inputs)
+    received = activations.detach().requires_grad_()
+    *_, gradients = step(
+        second, args, (inputs | {"tokens": received}, targets), is_loss_parallel=True
+    )
+    activations.backward(received.grad)
+    gradients |= {name: whole(p.grad) for name, p in first.named_parameters()}
+    assert len(gradients) == len(expected)
+    return max(relative_error(gradients[name], expected[name]) for name in expected)
+
+
+def test_pipeline_stages_exchange_whole_activations():
+    assert max(run_ranks(compare_two_stages, 2)) < 1e-10
 
 
 @pytest.mark.parametrize("layout", ["TP2", "FSDP2xTP2"])
-@pytest.mark.parametrize("optimizer", [dict(foreach=True), dict(fused=True)])
-def test_clipping_and_the_optimiser_know_all_of_a_gradient(layout, optimizer):
-    for error, name in run_ranks(step_twice, LAYOUTS[layout][0], layout, optimizer):
-        assert error < 1e-9, (error, name)
+def test_clipping_and_the_optimiser_know_all_of_a_gradient(layout):
+    optimizers = dict(foreach=True), dict(fused=True)
+    for errors in run_ranks(step_twice, LAYOUTS[layout][0], layout, *optimizers):
+        assert all(error < 1e-9 for error, _ in errors), errors
 
 
 WRAPPER = "_wrap_tensor_autograd"  # communicates nothing

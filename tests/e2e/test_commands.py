@@ -62,7 +62,6 @@ def test_the_unmodified_trainer_of_the_host_trains_too(tmp_path):
     config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
     command = torchrun(
         1, "--job.config_file", config, *SMALL, f"--job.dump_folder={tmp_path}",
-        "--validation.no_enable",
     )  # fmt: skip
     output = run(["torchtitan.train" if word == "torchtitan_mixtures.train" else word
                   for word in command])  # fmt: skip

@@ -47,9 +47,19 @@ def test_the_same_flavour_may_resume_and_another_is_named(tmp_path):
         check(tmp_path, "--model.flavor=debugmodel_dense")
 
 
-def test_a_flavour_with_the_same_parameters_may_resume(tmp_path):
+def test_a_flavour_that_computes_the_same_may_resume(tmp_path):
+    make_checkpoint(tmp_path, 3, "--model.flavor=debugmodel_varlen_attn")
+    check(tmp_path, "--model.flavor=debugmodel_flex_attn", "--mixture.dispatch=grouped")
+
+
+@pytest.mark.parametrize(
+    ("flavor", "field"),
+    [("debugmodel_post_norm", "norm_position"), ("debugmodel_flex_attn", "attn_mask_type")],
+)
+def test_the_same_parameters_in_another_model_are_refused(tmp_path, flavor, field):
     make_checkpoint(tmp_path)
-    check(tmp_path, "--model.flavor=debugmodel_flex_attn")
+    with pytest.raises(ValueError, match=rf"is a checkpoint of mot/debugmodel.*{field} was"):
+        check(tmp_path, f"--model.flavor={flavor}")
 
 
 def test_another_number_of_data_parallel_ranks_is_refused(tmp_path, monkeypatch):
@@ -62,9 +72,10 @@ def test_another_number_of_data_parallel_ranks_is_refused(tmp_path, monkeypatch)
 
 def test_a_new_run_needs_no_checkpoint_and_an_asked_for_one_must_exist(tmp_path):
     check(tmp_path)
-    make_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"step-7 does not exist"):
-        check(tmp_path, "--checkpoint.load_step=7")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"step-7 does not exist"):
+            check(tmp_path, "--checkpoint.load_step=7")
+        make_checkpoint(tmp_path)
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torchtitan_mixtures.data.emoji import SPLITS, EmojiCorpus
 from torchtitan_mixtures.data.sources import (
     Document,
     IndexedSource,
+    Segment,
     caption_and_image,
     document_rng,
 )
@@ -27,8 +29,10 @@ _BULK = 16
 class EmojiSource(IndexedSource):
     """One document per drawing of a split, in a new order and with a new caption each epoch.
 
-    A share of the documents (`multimodal.scene_fraction`) shows a composed scene in place of the
-    drawing. A drawing is encoded when it is first shown, a scene always.
+    A document interleaves one to `multimodal.max_pairs` pairs of a caption and an image, each in
+    random order; the first is of its own drawing, the others of any. A share of the pairs
+    (`multimodal.scene_fraction`) shows a composed scene in place of the drawing. A drawing is
+    encoded when it is first shown, a scene always.
 
     Args:
         config: The `[multimodal]` section.
@@ -61,12 +65,22 @@ class EmojiSource(IndexedSource):
         """Build the document of one drawing."""
         rng = document_rng(self.seed, epoch, index)
         key = f"emoji:{self._split}[{index}] of epoch {epoch}"
+        segments = self._pair(rng, index)
+        # Half of the documents go on after each pair, with another drawing of the split.
+        for _ in range(self._config.max_pairs - 1):
+            if rng.random() < 0.5:
+                break
+            segments += self._pair(rng, rng.randrange(len(self._drawings)))
+        return Document(segments, key)
+
+    def _pair(self, rng: random.Random, index: int) -> tuple[Segment, ...]:
+        """A drawing, or a scene in place of it, and its caption, in random order."""
         if rng.random() < self._config.scene_fraction:
             scene = self._corpus.compose_scene(rng, self._split, self._tokenizer.image_size)
             codes = self._tokenizer.encode(scene.image[None])[0]
-            return caption_and_image(rng, scene.caption, codes, key)
-        drawing = self._drawings[index]
-        return caption_and_image(rng, self._corpus.caption(drawing, rng), self._code(index), key)
+            return caption_and_image(rng, scene.caption, codes)
+        caption = self._corpus.caption(self._drawings[index], rng)
+        return caption_and_image(rng, caption, self._code(index))
 
     def _code(self, index: int) -> NDArray[np.int64]:
         """The `(codes,)` of a drawing, encoded together with its neighbours the first time."""
@@ -84,5 +98,6 @@ class EmojiSource(IndexedSource):
             "multimodal.seed": self.seed,
             "multimodal.train_split": self._split,
             "multimodal.scene_fraction": self._config.scene_fraction,
+            "multimodal.max_pairs": self._config.max_pairs,
             "drawings in the corpus": self.num_documents,
         }

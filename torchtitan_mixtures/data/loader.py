@@ -278,6 +278,24 @@ def find_modalities(job_config: JobConfig, tokenizer: TextTokenizer) -> Modaliti
     return Modalities(tuple(model_args.modality_names), tuple(model_args.vocab_ranges))
 
 
+def check_settings(job_config: JobConfig) -> None:
+    """Build the cheap parts of all loaders of a job, for what they find wrong with its settings.
+
+    Raises:
+        ValueError: A tokenizer is missing, broken or does not fit the model, an embedded file is
+            missing or corrupt, or an image does not fit into a sequence.
+    """
+    config = _multimodal(job_config)
+    tokenizer = build_multimodal_tokenizer(job_config)
+    image_tokenizer = build_image_tokenizer(config.image_tokenizer)
+    modalities = find_modalities(job_config, tokenizer)
+    lengths = {"training.seq_len": job_config.training.seq_len}
+    if job_config.validation.enable:
+        lengths["validation.seq_len"] = job_config.validation.seq_len
+    for key, seq_len in lengths.items():
+        DocumentEncoder(tokenizer, image_tokenizer, modalities, seq_len, key)
+
+
 def _multimodal(job_config: JobConfig) -> Multimodal:
     """The section that this plugin adds to TorchTitan's configuration when it is parsed."""
     return job_config.multimodal  # pyrefly: ignore [missing-attribute]

@@ -67,12 +67,12 @@ def open_split(config: Multimodal, split: str, is_training: bool) -> AnyDataset:
             split=split,
             streaming=config.streaming,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         # `datasets` says what is wrong (it lists the splits, the configurations) but not where the
         # value came from.
         raise ValueError(
             f'Cannot open split "{split}" ({key}) of multimodal.path = "{config.path}", '
-            f'name = "{config.name}", data_files = {config.data_files}: {error}'
+            f'name = "{config.name}", data_files = {config.data_files}: {error.__cause__ or error}'
         ) from error
 
 

@@ -5,6 +5,8 @@ Images are decoded here and not inside `datasets`, so that one broken file does 
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.tools.logging import logger
@@ -39,6 +41,9 @@ class SampleReader:
         self._bad = 0
         self._good_in_epoch = 0
         self._bad_keys: list[str] = []
+        self._last_reason = "unknown"
+        named = Path(config.data_files[0] if config.data_files else config.path)
+        self._folder = named if named.is_dir() else named.parent
 
     def read(self, sample: dict[str, Any], epoch: int, number: int | str) -> Document | None:
         """The document of a sample, or None if the sample is bad.
@@ -53,14 +58,15 @@ class SampleReader:
         key = self._key(sample, number)
         try:
             caption = choose_caption(sample.get(self._config.caption_column), rng.random())
-            image = decode_image(sample.get(self._config.image_column), self._image_size)
+            value = self._resolve(sample.get(self._config.image_column))
+            image = decode_image(value, self._image_size)
         except MemoryError:
             raise
         except Exception as error:  # what Pillow raises on broken files has no common base
             self._count_bad(key, error)
             return None
         self._good_in_epoch += 1
-        return caption_and_image(rng, caption, image, key)
+        return Document(caption_and_image(rng, caption, image), key)
 
     def end_epoch(self) -> None:
         """Judge the share of bad samples whatever their number."""
@@ -82,6 +88,13 @@ class SampleReader:
         self._seen, self._bad = state["seen"], state["bad"]
         self._good_in_epoch, self._bad_keys = state["good_in_epoch"], list(state["bad_keys"])
 
+    def _resolve(self, image: Any) -> Any:
+        """Find a relative path of an image beside the data that names it."""
+        path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+        if isinstance(path, str) and not Path(path).exists() and (self._folder / path).is_file():
+            return str(self._folder / path)
+        return image
+
     def _key(self, sample: dict[str, Any], number: int | str) -> str:
         image = sample.get(self._config.image_column)
         path = image.get("path") if isinstance(image, dict) else image
@@ -91,11 +104,14 @@ class SampleReader:
 
     def _count_bad(self, key: str, error: Exception) -> None:
         self._bad += 1
+        # Without the addresses of objects, which say nothing and differ from run to run.
+        reason = f"{type(error).__name__}: {error}"
+        self._last_reason = re.sub(r"<\S+ object at 0x\w+>", "it", reason)
         if len(self._bad_keys) < _MAX_KEYS:
             self._bad_keys.append(key)
         if self._bad <= _MAX_LOGGED or self._bad % 100 == 0:
             logger.warning(
-                f"Skipped bad sample {key}: {type(error).__name__}: {error} "
+                f"Skipped bad sample {key}: {self._last_reason} "
                 f"({self._bad} of {self._seen} samples so far)"
             )
         limit = self._config.max_bad_fraction
@@ -107,7 +123,8 @@ class SampleReader:
             f"{self._bad} of {self._seen} samples ({self._bad / self._seen:.1%}) of split "
             f'"{self._split}" are bad; multimodal.max_bad_fraction = '
             f"{self._config.max_bad_fraction} allows {self._config.max_bad_fraction:.1%}. "
-            f"Among them: {'; '.join(self._bad_keys)}. Repair the data, or raise the limit."
+            f"Among them: {'; '.join(self._bad_keys)}. The last one's reason: "
+            f"{self._last_reason}. Repair the data, or raise the limit."
         )
 
 

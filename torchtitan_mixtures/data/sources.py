@@ -140,10 +140,10 @@ class IndexedSource(ABC):
         return int(self._order[1][place])
 
 
-def caption_and_image(rng: random.Random, caption: str, image: NDArray[Any], key: str) -> Document:
-    """A document that says and shows one thing, the text first or the image first."""
+def caption_and_image(rng: random.Random, caption: str, image: NDArray[Any]) -> tuple[Segment, ...]:
+    """Segments that say and show one thing, the text first or the image first."""
     segments = (Segment("text", caption), Segment("image", image))
-    return Document(segments if rng.random() < 0.5 else segments[::-1], key)
+    return segments if rng.random() < 0.5 else segments[::-1]
 
 
 def build_source(

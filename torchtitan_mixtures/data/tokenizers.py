@@ -1,5 +1,6 @@
 """Tokenizers of text and of images; both are plain data on disk, used without a network."""
 
+import functools
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,13 +13,13 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import BaseTokenizer
 
-_EMBEDDED_FOLDER = Path(__file__).parent / "corpora" / "emoji"
+from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER, check_files
 
 # --- images ---------------------------------------------------------------------------------------
 
 IMAGE_TOKENIZERS = {
-    "emoji_32px": _EMBEDDED_FOLDER / "codebook_32px.safetensors",
-    "emoji_64px": _EMBEDDED_FOLDER / "codebook_64px.safetensors",
+    "emoji_32px": EMBEDDED_FOLDER / "codebook_32px.safetensors",
+    "emoji_64px": EMBEDDED_FOLDER / "codebook_64px.safetensors",
 }
 """Names of the embedded image tokenizers and their files."""
 
@@ -153,12 +154,20 @@ def build_image_tokenizer(name: str) -> ImageTokenizer:
         ValueError: `name` is neither, or the file is not a codebook.
     """
     path = IMAGE_TOKENIZERS.get(name, Path(name))
-    if not path.is_file():
+    if name in IMAGE_TOKENIZERS:
+        _check_embedded_files()
+    elif not path.is_file():
         raise ValueError(
-            f"image tokenizer {name!r} is unknown; use {' or '.join(IMAGE_TOKENIZERS)}, "
-            "or the path of a codebook file"
+            f"multimodal.image_tokenizer = {name!r} is unknown; use "
+            f"{' or '.join(IMAGE_TOKENIZERS)}, or the path of a codebook file"
         )
     return PatchCodebook(path)
+
+
+@functools.cache
+def _check_embedded_files() -> None:
+    """Compare the embedded files with their manifest, once per process."""
+    check_files(EMBEDDED_FOLDER)
 
 
 def _read_codebook(path: Path) -> tuple[NDArray[np.uint8], int]:
@@ -187,7 +196,7 @@ def _read_codebook(path: Path) -> tuple[NDArray[np.uint8], int]:
 
 # --- text -----------------------------------------------------------------------------------------
 
-TEXT_TOKENIZERS = {"emoji": _EMBEDDED_FOLDER / "tokenizer.json"}
+TEXT_TOKENIZERS = {"emoji": EMBEDDED_FOLDER / "tokenizer.json"}
 """Names of the embedded text tokenizers and their files."""
 
 
@@ -279,9 +288,11 @@ def build_text_tokenizer(name: str) -> TextTokenizer:
         ValueError: `name` is neither, or the tokenizer lacks a sentinel.
     """
     path = TEXT_TOKENIZERS.get(name, Path(name))
-    if not path.exists():
+    if name in TEXT_TOKENIZERS:
+        _check_embedded_files()
+    elif not path.exists():
         raise ValueError(
-            f"text tokenizer {name!r} is unknown; use {' or '.join(TEXT_TOKENIZERS)}, "
+            f"multimodal.text_tokenizer = {name!r} is unknown; use {' or '.join(TEXT_TOKENIZERS)}, "
             "or the path of a tokenizer.json or its folder"
         )
     return TextTokenizer(path)

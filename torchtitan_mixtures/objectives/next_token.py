@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.vocabulary import token_model_args
@@ -54,6 +56,32 @@ def split_batch(
     """
     extra_inputs = {k: v for k, v in input_dict.items() if k not in ("input", "loss_weights")}
     return input_dict["input"], Targets(labels, input_dict.get("loss_weights")), extra_inputs
+
+
+def prepare_batch(
+    model: ModelProtocol,
+    tokenizer: BaseTokenizer,
+    input_dict: dict[str, Tensor],
+    labels: Tensor,
+) -> tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]:
+    """Bring a batch to the form in which a model and the loss take it, in training and validation.
+
+    Args:
+        model: Builds its attention masks, if it takes any.
+        tokenizer: The text tokenizer.
+        input_dict: The batch as `data/batch.py` describes it.
+        labels: `(batch, seq)` int64.
+
+    Returns:
+        `(inputs, targets, extra_inputs, extra_kwargs)` as TorchTitan's `post_dataloading_process`
+        returns them: pipeline parallelism hands only `extra_kwargs` to all stages.
+    """
+    inputs, targets, extra_inputs = split_batch(input_dict, labels)
+    try:
+        masks = model.get_attention_masks(inputs, tokenizer, extra_inputs)
+    except TypeError:  # how a model of this host says that it takes none
+        return inputs, targets, extra_inputs, {}
+    return inputs, targets, extra_inputs, {"attention_masks": masks}
 
 
 class LossMeter:

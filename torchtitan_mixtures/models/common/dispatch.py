@@ -212,6 +212,13 @@ def plan_by_masks(towers: Tensor, num_towers: int, *, checks: Mapping[str, Tenso
     return MaskPlan(batch, seq, [(towers == tower).flatten() for tower in range(num_towers)])
 
 
+def check_tokens(checks: Mapping[str, Tensor], batch: int, seq: int) -> None:
+    """Make the checks of a plan where none is needed; arguments as for `plan_by_sorting`."""
+    if checks:
+        device = next(iter(checks.values())).device
+        _read_counts(torch.zeros(1, dtype=torch.int64, device=device), checks, batch * seq, seq)
+
+
 def _read_counts(counts: Tensor, checks: Mapping[str, Tensor], tokens: int, seq: int) -> list[int]:
     """Read counts and checks to the host in one transfer; raise what the checks found."""
     num_towers = counts.numel()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 from torchtitan.config import JobConfig
@@ -62,6 +62,20 @@ class MoTModelArgs(BaseModelArgs):
     attn_mask_type: AttentionMaskType = "causal"  # block_causal: inside a document only
     bidirectional_images: bool = False
     dispatch: Dispatch = "split"
+
+    # What may differ between a checkpoint and the run that goes on from it: how the same function
+    # is computed, and how weights are drawn that the checkpoint replaces.
+    resumable_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            "attn_type",
+            "dispatch",
+            "max_seq_len",
+            "depth_init",
+            "init_towers",
+            "zero_init_branch",
+            "init_seed",
+        }
+    )
 
     def __post_init__(self) -> None:
         self.check()
@@ -187,9 +201,12 @@ class MoTModelArgs(BaseModelArgs):
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         """Take over what the TOML decides; empty values of `[mixture]` keep the flavour's."""
         seq_len = job_config.training.seq_len
+        if job_config.validation.enable:
+            seq_len = max(seq_len, job_config.validation.seq_len)
         if seq_len > self.max_seq_len:
             logger.warning(
-                f"training.seq_len = {seq_len} exceeds the flavour's maximum of {self.max_seq_len}"
+                f"training.seq_len or validation.seq_len = {seq_len} exceeds the flavour's maximum "
+                f"of {self.max_seq_len}"
             )
         self.max_seq_len = seq_len
         sections: Any = job_config  # the host's class does not know this plugin's sections

@@ -27,6 +27,7 @@ from torchtitan_mixtures.models.common.attention import (
 from torchtitan_mixtures.models.common.dispatch import (
     Plan,
     RowNorm,
+    check_tokens,
     plan_by_masks,
     plan_by_sorting,
 )
@@ -196,24 +197,25 @@ class MoTTransformer(ModelProtocol):
     ) -> Plan | None:
         """Decide which tower each token goes to; None if there is nothing to decide."""
         args = self.model_args
-        if not args.is_untied:
-            return None
+        ranges = args.vocab_ranges
         has_ids = self.tok_embeddings is not None
+        masks = None
         checks: dict[str, Tensor] = {}
-        if modality_masks is None:
-            if not has_ids:
-                raise ValueError("modality_masks = None on a pipeline stage that has no token ids")
-            ranges = args.vocab_ranges
-            masks = torch.stack([(tokens >= low) & (tokens < high) for low, high in ranges], dim=1)
-        else:
+        if modality_masks is not None:
             masks = self._stack_masks(tokens, modality_masks)
             coverage = masks.sum(1)
             checks["are covered by no modality mask"] = coverage == 0
             checks["are covered by more than one modality mask"] = coverage > 1
         if has_ids:
             in_vocabulary = (tokens >= 0) & (tokens < args.total_vocab_size)
-            ranges = args.vocab_ranges
             checks[f"have an id outside the vocabulary ranges {ranges}"] = ~in_vocabulary
+        if not args.is_untied:
+            check_tokens(checks, *tokens.shape[:2])
+            return None
+        if masks is None:
+            if not has_ids:
+                raise ValueError("modality_masks = None on a pipeline stage that has no token ids")
+            masks = torch.stack([(tokens >= low) & (tokens < high) for low, high in ranges], dim=1)
 
         towers = torch.zeros_like(masks[:, 0], dtype=torch.int64)
         for modality, tower in enumerate(args.towers):

@@ -135,6 +135,7 @@ def job_config(**mixture):
     defaults = {"dispatch": "", "untie": "", "tower_of_modality": []}
     return SimpleNamespace(
         training=SimpleNamespace(seq_len=64),
+        validation=SimpleNamespace(enable=False, seq_len=64),
         debug=SimpleNamespace(seed=3),
         mixture=SimpleNamespace(**{**defaults, **mixture}),
         multimodal=None,

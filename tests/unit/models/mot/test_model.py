@@ -258,7 +258,7 @@ def count_host_reads(monkeypatch, run):
         ({}, ["tolist"]),
         ({"dispatch": "grouped"}, ["tolist"]),
         (MASKED, ["tolist"]),
-        ({"tower_of_modality": [0, 0]}, []),
+        ({"tower_of_modality": [0, 0]}, ["tolist"]),
     ],
 )
 def test_host_waits_for_the_device_once_per_step(monkeypatch, fields, expected):
