@@ -53,6 +53,7 @@ prepare_environment() {
     # The stamp is written last: an interrupted installation is repeated.
     if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
         install_project "$extra"
-        printf '%s\n' "$key" >"$stamp" 2>/dev/null || true
+        # With the extra everything without it is there as well.
+        printf '%s\n' "$key" | tee "$prefix/.torchtitan_mixtures" >"$stamp" 2>/dev/null || true
     fi
 }

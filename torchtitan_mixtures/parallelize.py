@@ -70,9 +70,10 @@ class Cuts:
     """Where a family's model may be cut.
 
     Attributes:
-        fsdp_units: Groups of module paths that are gathered together, in forward order, besides
-            the blocks in `layers`: those `before` them and those `after` them. Paths that a
-            pipeline stage does not have are skipped.
+        units_before: Groups of module paths that FSDP gathers together, in forward order, before
+            the blocks in `layers`, each of which is a group of its own. Paths that a pipeline
+            stage does not have are skipped.
+        units_after: The groups after the blocks.
         saved_ops: Further operators that selective activation checkpointing saves.
         tensor_parallel: None: the family does not support it. `checks` finds this by the name
             `CUTS` in the family's `parallelize` module.

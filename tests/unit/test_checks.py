@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
 from torchtitan_mixtures.checks import (
@@ -17,6 +21,7 @@ from torchtitan_mixtures.checks import (
 )
 from torchtitan_mixtures.job_config import Mixture, Multimodal
 from torchtitan_mixtures.models.mot import mot_args
+from torchtitan_mixtures.train import user_error
 
 DEBUG = (TRAIN_CONFIGS / "mot" / "debugmodel.toml").read_text()
 
@@ -52,6 +57,9 @@ def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
         check_arguments(["--job.config_file=nowhere.toml"])
     with pytest.raises(ValueError, match=r"pass --config FILE\.toml"):
         check_arguments(["--training.steps=3"])
+    for arguments in (["--job.config_file"], ["--job.config_file", "--training.steps=3"]):
+        with pytest.raises(ValueError, match="the name of a TOML file must follow"):
+            check_arguments(arguments)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,23 @@ def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
         (["--multimodal.text_weight=0", "--multimodal.image_weight=0"], r"nothing would be"),
         (["--multimodal.validation_splits=val"], r"validation_splits = 'val': .*unseen_concept"),
         (["--multimodal.train_split=all"], r"multimodal\.train_split = 'all': .*are train, unseen"),
+        (
+            ["--training.seq_len=60"],
+            r"training\.seq_len = 60 is too short: an image takes 64",
+        ),
+        (["--validation.seq_len=60"], r"validation\.seq_len = 60 is too short"),
+        (["--multimodal.text_tokenizer=nope"], r"multimodal\.text_tokenizer = 'nope' is unknown"),
+        (["--training.local_batch_size=0"], r"training\.local_batch_size = 0: must be 1 or more"),
+        (["--training.steps=0"], r"training\.steps = 0: must be 1 or more"),
+        (["--metrics.log_freq=0"], r"metrics\.log_freq = 0: must be 1 or more"),
+        (["--validation.freq=0"], r"validation\.freq = 0: must be 1 or more"),
+        (["--validation.local_batch_size=0"], r"validation\.local_batch_size = 0: must be 1"),
+        (
+            ["--parallelism.data_parallel_replicate_degree=0"],
+            r"data_parallel_replicate_degree = 0: must be 1 or more",
+        ),
+        (["--optimizer.name=SGDX"], r"optimizer\.name = 'SGDX': must be one of 'Adam', 'AdamW'"),
+        (["--checkpoint.load_step=7"], r"step-7 does not exist"),
         (["--training.global_batch_size=3"], r"global_batch_size = 3: must be -1 or a multiple"),
         (["--parallelism.data_parallel_shard_degree=2"], r"number\s+of processes, 1"),
         (["--parallelism.expert_parallel_degree=2"], r"expert_parallel_degree = 2"),
@@ -165,3 +190,41 @@ def test_the_command_prints_one_message_and_no_traceback():
     assert result.returncode == 2
     assert "error: model.flavor = '9B'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["noto.png", "tokenizer.json", "codebook_32px.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+def test_a_damaged_corpus_is_named_with_its_remedy(name, damage, tmp_path):
+    # A copy of the package, so that nothing is damaged if the test is interrupted.
+    package = tmp_path / "torchtitan_mixtures"
+    shutil.copytree(ROOT / "torchtitan_mixtures", package)
+    path = package / "data" / "corpora" / "emoji" / name
+    content = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes(content[:-1] + b"?")
+    config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
+    result = subprocess.run(
+        [sys.executable, "-m", "torchtitan_mixtures.train", "--config", config],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert f"{name} is {damage}" in result.stderr
+    assert "scripts/prepare_data.py emoji" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_only_errors_of_ours_are_taken_for_the_users():
+    def caught(function, *arguments):
+        try:
+            function(*arguments)
+        except ValueError as error:
+            return error
+        raise AssertionError("no error")
+
+    ours = caught(Multimodal, "emojis")
+    theirs = caught(int, "x")
+    assert user_error(ours) == str(ours)
+    assert user_error(theirs) is None
+    wrapped = CheckpointException("load", {0: (ours, StackSummary())})
+    assert user_error(wrapped) == str(ours)
+    assert user_error(CheckpointException("load", {0: (theirs, StackSummary())})) is None

@@ -22,6 +22,7 @@ from torchtitan_mixtures.data import datasets_source, samples
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.samples import choose_caption
 from torchtitan_mixtures.data.sources import Document, Source, build_source
+from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
 from torchtitan_mixtures.job_config import Multimodal
 
 
@@ -381,3 +382,37 @@ def test_stream_with_too_few_samples_for_a_shard(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "data", rows(2), files=1)
     with pytest.raises(ValueError, match=r"share 2 of 3 .*has no samples; use fewer ranks"):
         take(build(path, streaming=True), 1, 2, 3)
+
+
+def test_emoji_documents_interleave_up_to_the_configured_number_of_pairs():
+    config = Multimodal(max_pairs=3, scene_fraction=0.0)
+    source = build_source(config, "train", build_image_tokenizer("emoji_32px"), is_endless=True)
+    documents = list(itertools.islice(source.documents(0, 1), 400))
+    pairs = Counter(len(document.segments) // 2 for document in documents)
+    assert set(pairs) == {1, 2, 3}
+    assert pairs[1] > pairs[2] > 50
+    for document in documents:
+        names = [segment.modality for segment in document.segments]
+        in_pairs = zip(names[::2], names[1::2], strict=True)
+        assert all(sorted(pair) == ["image", "text"] for pair in in_pairs)
+    orders = Counter(tuple(s.modality for s in d.segments) for d in documents)
+    assert len(orders) == 2 + 4 + 8
+
+
+def test_relative_image_paths_are_found_beside_the_data(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i in range(4):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(i * 10))
+        lines.append(json.dumps({"image": f"images/{i}.png", "caption": f"row {i}"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    config = Multimodal(source="datasets", path=str(tmp_path / "rows.jsonl"))
+    source = build_source(config, "train", GreyTokenizer(), is_endless=False)
+    assert len(list(source.documents(0, 1))) == 4
+
+
+def test_a_broken_data_file_is_named(tmp_path: Path):
+    (tmp_path / "broken.jsonl").write_text('{"image": ')
+    config = Multimodal(source="datasets", path=str(tmp_path / "broken.jsonl"))
+    with pytest.raises(ValueError, match=r"multimodal\.path = .*broken\.jsonl"):
+        build_source(config, "train", GreyTokenizer(), is_endless=False)

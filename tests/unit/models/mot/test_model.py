@@ -220,6 +220,20 @@ def test_dense_flavour_reads_no_masks_and_keeps_the_order():
     assert torch.equal(model(tokens), model(tokens, masks))
 
 
+def test_dense_flavour_refuses_what_the_untied_one_refuses():
+    model = build(tiny_args(3, tower_of_modality=[0, 0, 0]))
+    tokens, masks = random_batch(3)
+    nobody = masks.clone()
+    nobody[0, :, 1] = False
+    with pytest.raises(ValueError, match="covered by no modality mask"):
+        model(tokens, nobody)
+    with pytest.raises(ValueError, match="covered by more than one"):
+        model(tokens, torch.ones_like(masks))
+    tokens[1, 2] = 99999
+    with pytest.raises(ValueError, match=r"1 of \d+ tokens have an id outside the vocabulary"):
+        model(tokens, masks)
+
+
 def count_host_reads(monkeypatch, run):
     calls = []
 
