@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes `python` one that has this project installed.
 #
 #   prepare_environment [EXTRA]    EXTRA is an optional-dependency group of pyproject.toml

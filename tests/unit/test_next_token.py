@@ -25,7 +25,7 @@ def naive(logits, labels, weights=None):
             label = int(labels[b, s])
             if label == -100:
                 continue
-            row = [float(v) for v in logits[b, s]]
+            row = logits[b, s].tolist()
             nll = math.log(sum(math.exp(v) for v in row)) - row[label]
             total += nll * (1.0 if weights is None else float(weights[b, s]))
             modality = 0 if label < 5 else 1
