@@ -6,6 +6,7 @@ code 2 once it has printed what is wrong with the input; there is nothing to add
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -16,6 +17,8 @@ USER_ERROR = 2
 
 def launch(arguments: list[str]) -> int:
     """Run torchrun with these arguments; return the exit code for the shell."""
+    # What they would log about a failed process is in the exception below.
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     try:
         main(arguments)
     except ChildFailedError as error:
