@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_the_host()
     try:
         train(parse_job(sys.argv[1:] if arguments is None else arguments))
-    except Exception as error:
+    except Exception as error:  # of any kind, to tell the user's from ours; those are raised again
         message = user_error(error)
         if message is None:
             raise

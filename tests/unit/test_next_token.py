@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from torchtitan_mixtures.objectives.next_token import NextTokenLoss, Targets, split_batch
+from torchtitan_mixtures.objectives.next_token import (
+    NextTokenLoss,
+    Targets,
+    prepare_batch,
+    split_batch,
+)
 
 RANGES = [(0, 5), (5, 9)]
 NAMES = ("text", "image")
@@ -86,3 +92,25 @@ def test_a_batch_is_split_into_what_the_model_and_the_loss_take():
     assert inputs is batch["input"]
     assert targets.loss_weights is weights
     assert list(extra) == ["positions"]
+
+
+@pytest.mark.parametrize(
+    ("attn_type", "expected"), [("sdpa", {}), ("flex", {"attention_masks": 7})]
+)
+def test_masks_are_made_for_the_backends_that_take_them(attn_type, expected):
+    model = SimpleNamespace(
+        model_args=SimpleNamespace(attn_type=attn_type), get_attention_masks=lambda *arguments: 7
+    )
+    batch = {"input": torch.zeros(1, 3)}
+    assert prepare_batch(model, None, batch, torch.ones(1, 3))[3] == expected
+
+
+def test_a_fault_in_the_making_of_a_mask_is_not_hidden():
+    def broken(*arguments):
+        raise TypeError("fault")
+
+    model = SimpleNamespace(
+        model_args=SimpleNamespace(attn_type="flex"), get_attention_masks=broken
+    )
+    with pytest.raises(TypeError, match="fault"):
+        prepare_batch(model, None, {"input": torch.zeros(1, 3)}, torch.ones(1, 3))

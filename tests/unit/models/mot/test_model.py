@@ -212,7 +212,7 @@ def test_pipeline_stages_compose_to_the_whole_model():
     torch.testing.assert_close(stages[1](stages[0](tokens, masks), masks), whole(tokens, masks))
 
 
-def test_dense_flavour_reads_no_masks_and_keeps_the_order():
+def test_dense_flavour_needs_no_masks_and_keeps_the_order():
     args = tiny_args(3, tower_of_modality=[0, 0, 0])
     model = build(args)
     tokens, masks = random_batch(3)
