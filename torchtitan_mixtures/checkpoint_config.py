@@ -6,7 +6,7 @@ checkpoint folder of this project also holds a `config.json`:
     {"format": 1, "family": "mot", "flavor": "debugmodel",
      "model_args": {...}, "vocab_ranges": {"text": [0, 2048], ...},
      "parameters": {"tok_embeddings.weight": [3072, 256], ...}, "data_parallel_ranks": 1,
-     "job_config": {...}}
+     "data_shards": 48, "job_config": {...}}
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.data.shards import START_AFRESH, check_fingerprint, count_shards
+from torchtitan_mixtures.job_config import MixtureJobConfig
+
 FILE_NAME = "config.json"
 FORMAT = 1
+METADATA = ".metadata"
+"""DCP writes this file last: a folder without it is no checkpoint."""
 
 
 def parameter_shapes(family: str, model_args: BaseModelArgs) -> dict[str, list[int]]:
@@ -41,11 +46,18 @@ def write(
     model_args: BaseModelArgs,
     data_parallel_ranks: int = 1,
 ) -> None:
-    """Write `config.json` into a checkpoint's folder, complete or not at all."""
+    """Write `config.json` into a checkpoint's folder, complete or not at all.
+
+    A folder that holds a complete checkpoint already is about to be written over: until that is
+    done it counts as incomplete, so that a kill in between leaves no mixture of the two.
+    """
     family = job_config.model.name
     # Families without a vocabulary of tokens have none to record.
     names = getattr(model_args, "modality_names", [])
     ranges = getattr(model_args, "vocab_ranges", [])
+    num_shards = None
+    if _has_token_data(model_args):
+        num_shards = count_shards(job_config, data_parallel_ranks)
     content = {
         "format": FORMAT,
         "family": family,
@@ -54,13 +66,20 @@ def write(
         "vocab_ranges": dict(zip(names, ranges, strict=True)),
         "parameters": parameter_shapes(family, model_args),
         "data_parallel_ranks": data_parallel_ranks,
+        "data_shards": num_shards,
         "job_config": job_config.to_dict(),
     }
     target = Path(folder) / FILE_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
+    (target.parent / METADATA).unlink(missing_ok=True)
     partial = target.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, target)
+
+
+def _has_token_data(model_args: BaseModelArgs) -> bool:
+    """Say whether a family reads the token loader, whose data is in shards."""
+    return hasattr(model_args, "modality_names")
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -89,7 +108,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     steps: dict[int, Path] = {}
     for path in Path(folder).glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
-        complete = (path / ".metadata").is_file() or (
+        complete = (path / METADATA).is_file() or (
             path / "model.safetensors.index.json"
         ).is_file()
         if match and complete:
@@ -110,15 +129,19 @@ def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
     return None
 
 
-def check_resume(job_config: JobConfig, model_args: BaseModelArgs) -> None:
+def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> None:
     """Refuse a job that would load the checkpoint of another model.
 
     Another model has other parameters, or the same ones and computes something else with them (a
     norm in another place, say). What a family lists in `resumable_fields` of its arguments changes
     neither; a flavour that differs in nothing else may go on, and that is logged.
 
+    So is a job whose data-parallel ranks and data loader workers cannot share the checkpoint's
+    shards of the data. A `multimodal.shards` of 0 becomes the checkpoint's number.
+
     Raises:
-        ValueError: Names the checkpoint, both flavours and the first thing that differs.
+        ValueError: Names the checkpoint, both flavours and the first thing that differs; or the
+            keys that decide about the readers.
     """
     if not job_config.checkpoint.enable:
         return
@@ -149,31 +172,34 @@ def check_resume(job_config: JobConfig, model_args: BaseModelArgs) -> None:
                 "another model. Set model.flavor and [mixture] as they were, or another "
                 "job.dump_folder."
             )
-    _check_ranks(job_config, path, saved)
+    if _has_token_data(model_args):
+        _check_data(job_config, path, saved)
     if ours != theirs:
         logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")
 
 
-def _check_ranks(job_config: JobConfig, path: Path, saved: dict[str, Any]) -> None:
-    """Refuse to resume the data on another number of data-parallel ranks.
+def _check_data(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:
+    """Refuse to resume the data if this job cannot share the checkpoint's shards among its ranks.
 
-    Each rank packs its own share of the documents and has its own place in it; places of another
-    number of shares do not exist.
+    Sets `multimodal.shards` of the job to the checkpoint's number if it is 0 (automatic).
     """
     config, layout = job_config.checkpoint, job_config.parallelism
     in_own_folder = path.parent == Path(job_config.job.dump_folder) / config.folder
     model_only = path.name == "step-0" if in_own_folder else config.initial_load_model_only
     if model_only or "dataloader" in config.exclude_from_loading:
         return
+    num_shards = saved.get("data_shards")
+    if num_shards is None:
+        raise ValueError(
+            f"{path} was written by an earlier version, whose data loader state this one cannot "
+            f"continue; {START_AFRESH}."
+        )
+    data = job_config.multimodal
+    data.shards = data.shards or num_shards
+    check_fingerprint({"multimodal.shards": num_shards}, {"multimodal.shards": data.shards})
     ranks = int(os.environ.get("WORLD_SIZE", "1")) // (
         layout.tensor_parallel_degree
         * layout.context_parallel_degree
         * layout.pipeline_parallel_degree
     )
-    if ranks != saved["data_parallel_ranks"]:
-        raise ValueError(
-            f"{path} was written by {saved['data_parallel_ranks']} data-parallel ranks, this job "
-            f"has {ranks}: every rank continues its own share of the data. Launch as many "
-            "processes as then (NGPU, or parallelism.data_parallel_*_degree), or start the data "
-            'from the beginning with checkpoint.exclude_from_loading = ["dataloader"].'
-        )
+    count_shards(job_config, ranks)

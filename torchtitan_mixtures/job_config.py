@@ -66,6 +66,12 @@ class Multimodal:
     image_tokenizer: str = "emoji_32px"
     """`emoji_32px` (64 codes an image), `emoji_64px` (256 codes), or a codebook file."""
 
+    shards: int = 0
+    """Streams into which the training data is dealt; data-parallel ranks times
+    `training.dataloader.num_workers` must divide it, also in a run that resumes. 0 = as in the
+    checkpoint; in a new run the least multiple of 48 that they divide or, for `streaming`, one
+    per reader, since every shard may read all files."""
+
     reset_positions: bool = False
     """Count rotary positions from 0 in every document instead of along the packed sequence."""
 
@@ -89,6 +95,8 @@ class Multimodal:
                 raise ValueError(f"multimodal.{key} = {value}: must be between 0 and 1.")
         if self.max_pairs < 1:
             raise ValueError(f"multimodal.max_pairs = {self.max_pairs}: must be at least 1.")
+        if self.shards < 0:
+            raise ValueError(f"multimodal.shards = {self.shards}: must be 0 (automatic) or more.")
         for key in ("text_weight", "image_weight"):
             value = getattr(self, key)
             if not 0 <= value < float("inf"):
@@ -111,6 +119,11 @@ class Mixture:
     tower_of_modality: list[int] = field(default_factory=list)
     """Tower of each modality, e.g. [0, 0, 1] lets text and image share one. Empty = as the
     flavour says."""
+
+    context_parallel: Literal["all_to_all", "ring"] = "all_to_all"
+    """How attention sees whole sequences under context parallelism. `all_to_all`: ranks swap parts
+    of the sequence for heads; any attention mask. `ring`: TorchTitan's, with its keys
+    context_parallel_load_balancer and context_parallel_rotate_method; accelerators only."""
 
     def __post_init__(self) -> None:
         check_section("mixture", self)

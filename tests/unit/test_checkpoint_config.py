@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -62,12 +63,78 @@ def test_the_same_parameters_in_another_model_are_refused(tmp_path, flavor, fiel
         check(tmp_path, f"--model.flavor={flavor}")
 
 
-def test_another_number_of_data_parallel_ranks_is_refused(tmp_path, monkeypatch):
+def check_with_ranks(tmp_path, monkeypatch, ranks, *overrides):
+    """Resume with so many processes; return the number of shards that the job then has."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    job = debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides)
+    args = get_train_spec("mot").model_args[job.model.flavor]
+    args.update_from_config(job)
+    checkpoint_config.check_resume(job, args)
+    return job.multimodal.shards
+
+
+def test_automatic_shards_are_those_of_the_checkpoint(tmp_path, monkeypatch):
+    folder, _, _ = make_checkpoint(tmp_path, 3, "--multimodal.shards=12")
+    assert checkpoint_config.read(folder)["data_shards"] == 12
+    for ranks in (1, 2, 3, 4, 6, 12):
+        assert check_with_ranks(tmp_path, monkeypatch, ranks) == 12
+    assert check_with_ranks(tmp_path, monkeypatch, 2, "--training.dataloader.num_workers=6") == 12
+    assert check_with_ranks(tmp_path, monkeypatch, 1, "--multimodal.shards=12") == 12
+
+
+def test_a_new_run_has_shards_for_many_numbers_of_ranks(tmp_path, monkeypatch):
+    folder, job, args = make_checkpoint(tmp_path)
+    assert checkpoint_config.read(folder)["data_shards"] == 48
+    assert check_with_ranks(tmp_path, monkeypatch, 16) == 48
+    for ranks, shards in ((5, 240), (32, 96)):
+        checkpoint_config.write(folder, job, args, ranks)
+        assert checkpoint_config.read(folder)["data_shards"] == shards
+
+
+def test_ranks_that_cannot_share_the_shards_are_refused(tmp_path, monkeypatch):
     make_checkpoint(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"by 1 data-parallel ranks, this job has 2.*exclude_from"):
+    with pytest.raises(
+        ValueError,
+        match=r"into 48 shards .*5 data-parallel ranks \(.*data_parallel_replicate_degree.*"
+        r"num_workers = 0 .* 1, 2, 3, 4, 6, 8, 12, 16, 24, 48 of them.*multimodal\.shards to 0 or "
+        r'a multiple of 5; .*exclude_from_loading = \["dataloader"\]',
+    ):
+        check_with_ranks(tmp_path, monkeypatch, 5)
+    with pytest.raises(ValueError, match=r"2 data-parallel.*num_workers = 5.*lower num_workers"):
+        check_with_ranks(tmp_path, monkeypatch, 2, "--training.dataloader.num_workers=5")
+    excluded = "--checkpoint.exclude_from_loading=dataloader"
+    assert check_with_ranks(tmp_path, monkeypatch, 5, excluded) == 0  # counted anew
+
+
+def test_other_shards_than_the_checkpoints_are_refused(tmp_path):
+    make_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"multimodal\.shards is 24, but 48 in the run .*Put it"):
+        check(tmp_path, "--multimodal.shards=24")
+
+
+def test_data_of_an_earlier_version_is_refused(tmp_path):
+    folder, _, _ = make_checkpoint(tmp_path)
+    content = checkpoint_config.read(folder)
+    del content["data_shards"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"step-3 was written by an earlier version.*exclude_from"):
         check(tmp_path)
     check(tmp_path, "--checkpoint.exclude_from_loading=dataloader")
+
+
+def test_a_family_without_tokens_has_no_shards(tmp_path, monkeypatch):
+    @dataclasses.dataclass
+    class OtherArgs:
+        width: int = 8
+
+    monkeypatch.setattr(checkpoint_config, "parameter_shapes", lambda *_: {"weight": [8]})
+    job = debug_job("mot", f"--job.dump_folder={tmp_path}")
+    folder = tmp_path / "checkpoint" / "step-1"
+    checkpoint_config.write(folder, job, OtherArgs(), 5)
+    (folder / ".metadata").touch()
+    assert checkpoint_config.read(folder)["data_shards"] is None
+    checkpoint_config.check_resume(job, OtherArgs())
+    assert job.multimodal.shards == 0
 
 
 def test_a_new_run_needs_no_checkpoint_and_an_asked_for_one_must_exist(tmp_path):
@@ -76,6 +143,14 @@ def test_a_new_run_needs_no_checkpoint_and_an_asked_for_one_must_exist(tmp_path)
         with pytest.raises(ValueError, match=r"step-7 does not exist"):
             check(tmp_path, "--checkpoint.load_step=7")
         make_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_is_written_over_does_not_count_until_it_is_whole(tmp_path):
+    make_checkpoint(tmp_path, 3)
+    folder, job, args = make_checkpoint(tmp_path, 6)
+    assert checkpoint_config.latest_checkpoint(folder.parent) == folder
+    checkpoint_config.write(folder, job, args)
+    assert checkpoint_config.latest_checkpoint(folder.parent) == folder.with_name("step-3")
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):

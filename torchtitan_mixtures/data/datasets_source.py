@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 
 from torchtitan_mixtures.data.opening import keep_columns, open_split
-from torchtitan_mixtures.data.samples import SampleReader
+from torchtitan_mixtures.data.samples import SampleJudge, SampleReader
 from torchtitan_mixtures.data.sources import (
     Document,
+    IndexedShard,
     IndexedSource,
     Source,
     document_rng,
@@ -42,90 +43,148 @@ class MappedSource(IndexedSource):
 
     Args:
         data: The split; only the columns needed, images not decoded.
-        reader: Turns samples into documents.
         config: The `[multimodal]` section.
-        split: Name of the split, for the fingerprint.
+        split: Name of the split.
+        image_size: Size that images are brought to.
         is_endless: See `Source`.
     """
 
     def __init__(
         self,
         data: datasets.Dataset,
-        reader: SampleReader,
         config: Multimodal,
         split: str,
+        image_size: int,
         is_endless: bool,
     ) -> None:
         super().__init__(len(data), config.seed, is_endless)
         self._data = data
-        self._reader = reader
+        self._reading = config, split, image_size
         self._identity = _identity(config, split)
 
-    def build_document(self, epoch: int, index: int) -> Document | None:
-        """Read one sample; None if it is bad."""
-        return self._reader.read(self._data[index], epoch, index)
-
-    def end_epoch(self) -> None:
-        """Judge the share of bad samples."""
-        self._reader.end_epoch()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Source.state_dict`."""
-        return {**super().state_dict(), "reader": self._reader.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Source.load_state_dict`."""
-        super().load_state_dict(state)
-        self._reader.load_state_dict(state["reader"])
+    def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
+        """See `Source.shards`."""
+        readers = _readers(len(indices), *self._reading)
+        return [
+            MappedShard(self, index, count, self._data, reader)
+            for index, reader in zip(indices, readers, strict=True)
+        ]
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source.fingerprint`."""
         return {**self._identity, "samples in the split": self.num_documents}
 
 
+class MappedShard(IndexedShard):
+    """One shard of a `MappedSource`; its reader counts bad samples."""
+
+    def __init__(
+        self,
+        source: MappedSource,
+        index: int,
+        count: int,
+        data: datasets.Dataset,
+        reader: SampleReader,
+    ) -> None:
+        super().__init__(
+            source, index, count, lambda epoch, place: reader.read(data[place], epoch, place)
+        )
+        self._reader = reader
+
+    def end_epoch(self) -> None:
+        """See `IndexedShard.end_epoch`."""
+        self._reader.end_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Shard.state_dict`."""
+        return {**super().state_dict(), "reader": self._reader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Shard.load_state_dict`."""
+        super().load_state_dict(state)
+        self._reader.load_state_dict(state["reader"])
+
+
 class StreamedSource:
     """Samples without an index: files in a new order each epoch, samples shuffled in blocks.
 
-    The shuffle buffer of `datasets` is lost on resume. Here a block of samples is read, shuffled
-    by a permutation that follows from (seed, epoch, shard, block), and handed out; the state is
-    where the block began and how far it is handed out, so resuming reads the block again and
-    continues exactly. The first block of an epoch has a random length: otherwise the same samples
-    would share a block in every epoch.
+    Each shard reads files of its own if the shards divide the number of files, else all files and
+    of their samples every n-th.
 
     Args:
         data: The split; only the columns needed, images not decoded.
-        reader: Turns samples into documents.
         config: The `[multimodal]` section.
-        split: Name of the split, for the fingerprint.
+        split: Name of the split.
+        image_size: Size that images are brought to.
         is_endless: See `Source`.
     """
 
     def __init__(
         self,
         data: datasets.IterableDataset,
-        reader: SampleReader,
         config: Multimodal,
         split: str,
+        image_size: int,
         is_endless: bool,
     ) -> None:
         self.is_endless = is_endless
+        self.seed = config.seed
         self._data = data
-        self._reader = reader
-        self._seed = config.seed
+        self._reading = config, split, image_size
         self._identity = _identity(config, split)
+
+    def shards(self, indices: Sequence[int], count: int) -> list[StreamedShard]:
+        """See `Source.shards`."""
+        readers = _readers(len(indices), *self._reading)
+        return [
+            StreamedShard(self, index, count, reader)
+            for index, reader in zip(indices, readers, strict=True)
+        ]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`."""
+        return {**self._identity, "files (shards) of the split": self._data.num_shards}
+
+    def epoch_data(self, epoch: int, index: int, count: int) -> datasets.IterableDataset:
+        """What one shard reads in an epoch."""
+        data = self._data
+        if self.is_endless:
+            # A buffer of one sample: this shuffles the files and has nothing to lose on resume.
+            order_seed = document_rng(self.seed, epoch, "files").getrandbits(32)
+            data = data.shuffle(order_seed, buffer_size=1, max_buffer_input_shards=1)
+        return split_dataset_by_node(data, index, count)
+
+
+class StreamedShard:
+    """One shard of a `StreamedSource`.
+
+    The shuffle buffer of `datasets` is lost on resume. Here a block of samples is read, shuffled
+    by a permutation that follows from (seed, epoch, shard, block), and handed out; the state is
+    where the block began and how far it is handed out, so resuming reads the block again and
+    continues exactly. The first block of an epoch has a random length: otherwise the same samples
+    would share a block in every epoch.
+    """
+
+    def __init__(
+        self, source: StreamedSource, index: int, count: int, reader: SampleReader
+    ) -> None:
+        self._source = source
+        self._index = index
+        self._count = count
+        self._reader = reader
         self._epoch = 0
         self._block = 0  # blocks of the epoch that are finished
-        self._block_start: dict[str, Any] | None = None  # state of `data` there; None: the start
+        self._block_start: dict[str, Any] | None = None  # state of the data there; None: the start
         self._num_taken = 0  # samples of the block that are handed out
 
-    def documents(self, shard: int, num_shards: int) -> Iterator[Document]:
-        """See `Source.documents`."""
+    def __iter__(self) -> Iterator[Document]:
+        """See `Shard.__iter__`."""
         while True:
-            for number, sample in self._epoch_samples(shard, num_shards):
-                document = self._reader.read(sample, self._epoch, f"{shard}.{number}")
+            for number, sample in self._epoch_samples():
+                document = self._reader.read(sample, self._epoch, f"{self._index}.{number}")
                 if document is not None:
                     yield document
-            self._check_share(shard, num_shards)
+            self._require_samples()
             self._reader.end_epoch()
             self._epoch, self._block, self._block_start, self._num_taken = (
                 self._epoch + 1,
@@ -133,11 +192,11 @@ class StreamedSource:
                 None,
                 0,
             )
-            if not self.is_endless:
+            if not self._source.is_endless:
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Source.state_dict`."""
+        """See `Shard.state_dict`."""
         return {
             "epoch": self._epoch,
             "block": self._block,
@@ -147,50 +206,44 @@ class StreamedSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Source.load_state_dict`."""
+        """See `Shard.load_state_dict`."""
         self._epoch, self._block = state["epoch"], state["block"]
         self._block_start, self._num_taken = state["block_start"], state["num_taken"]
         self._reader.load_state_dict(state["reader"])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See `Source.fingerprint`."""
-        return {**self._identity, "files (shards) of the split": self._data.num_shards}
-
-    def _epoch_samples(self, shard: int, num_shards: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _epoch_samples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The rest of this epoch: samples with a number, counted as taken before each yield."""
-        data = self._data
-        if self.is_endless:
-            # A buffer of one sample: this shuffles the files and has nothing to lose on resume.
-            order_seed = document_rng(self._seed, self._epoch, "files").getrandbits(32)
-            data = data.shuffle(order_seed, buffer_size=1, max_buffer_input_shards=1)
-        data = split_dataset_by_node(data, shard, num_shards)
+        data = self._source.epoch_data(self._epoch, self._index, self._count)
         if self._block_start is not None:
             data.load_state_dict(self._block_start)
         # `iter` and not `__iter__`, which would split by worker once more.
         rows = (
             {name: values[0] for name, values in batch.items()} for batch in data.iter(batch_size=1)
         )
-        while block := list(islice(rows, self._block_size(shard))):
+        while block := list(islice(rows, self._block_size())):
             next_start = data.state_dict()
             order = range(len(block))
-            if self.is_endless:
-                order = epoch_order(self._seed, self._epoch, len(block), f"{shard}.{self._block}")
+            if self._source.is_endless:
+                name = f"{self._index}.{self._block}"
+                order = epoch_order(self._source.seed, self._epoch, len(block), name)
             for place in order[self._num_taken :]:
                 self._num_taken += 1
                 yield f"{self._block}.{place}", block[place]
             self._block, self._block_start, self._num_taken = self._block + 1, next_start, 0
 
-    def _block_size(self, shard: int) -> int:
-        if self._block > 0 or not self.is_endless:
+    def _block_size(self) -> int:
+        if self._block > 0 or not self._source.is_endless:
             return SHUFFLE_BLOCK
-        return document_rng(self._seed, self._epoch, f"{shard}.length").randint(1, SHUFFLE_BLOCK)
+        length_rng = document_rng(self._source.seed, self._epoch, f"{self._index}.length")
+        return length_rng.randint(1, SHUFFLE_BLOCK)
 
-    def _check_share(self, shard: int, num_shards: int) -> None:
+    def _require_samples(self) -> None:
         if self._block == 0:
+            path = self._source.fingerprint()["multimodal.path"]
             raise ValueError(
-                f"multimodal.streaming: share {shard} of {num_shards} (data-parallel ranks times "
-                f"training.dataloader.num_workers) of {self._identity['multimodal.path']!r} has no "
-                "samples; use fewer ranks or workers, or more data."
+                f"multimodal.streaming: shard {self._index} of {self._count} of {path!r} has no "
+                "samples; use fewer multimodal.shards (0 makes as many as data-parallel ranks "
+                "times training.dataloader.num_workers), or more data."
             )
 
 
@@ -199,12 +252,17 @@ def build_datasets_source(
 ) -> Source:
     """Open `multimodal.path` and build the source that reads it; see `build_source`."""
     data = keep_columns(open_split(config, split, is_endless), config)
-    reader = SampleReader(config, split, image_size)
     if isinstance(data, datasets.IterableDataset):
-        return StreamedSource(data, reader, config, split, is_endless)
+        return StreamedSource(data, config, split, image_size, is_endless)
     if not len(data):
         raise ValueError(f'multimodal.path = "{config.path}": split "{split}" has no samples.')
-    return MappedSource(data, reader, config, split, is_endless)
+    return MappedSource(data, config, split, image_size, is_endless)
+
+
+def _readers(count: int, config: Multimodal, split: str, image_size: int) -> list[SampleReader]:
+    """Readers of all shards of one process, which are judged together."""
+    judge = SampleJudge(config, split)
+    return [SampleReader(config, split, image_size, judge) for _ in range(count)]
 
 
 def _identity(config: Multimodal, split: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torchtitan_mixtures.data.emoji import SPLITS, EmojiCorpus
 from torchtitan_mixtures.data.sources import (
     Document,
+    IndexedShard,
     IndexedSource,
     Segment,
     caption_and_image,
@@ -60,6 +62,10 @@ class EmojiSource(IndexedSource):
         self._split = split
         self._tokenizer = image_tokenizer
         self._codes: dict[int, NDArray[np.int64]] = {}  # of drawings, by the first of a bulk
+
+    def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
+        """See `Source.shards`."""
+        return [IndexedShard(self, index, count, self.build_document) for index in indices]
 
     def build_document(self, epoch: int, index: int) -> Document:
         """Build the document of one drawing."""

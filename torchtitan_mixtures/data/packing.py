@@ -170,12 +170,12 @@ class Packer:
             yield sequence
 
     def state_dict(self) -> dict[str, Any]:
-        """The documents in the buffer, as plain JSON."""
-        return {"buffer": [tokens.tolist() for tokens in self._buffer]}
+        """The documents in the buffer, as arrays: a state is made for every sequence."""
+        return {"buffer": list(self._buffer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._buffer = [np.array(tokens, np.int64) for tokens in state["buffer"]]
+        """Continue from a state, of arrays or of the lists that JSON makes of them."""
+        self._buffer = [np.asarray(tokens, np.int64) for tokens in state["buffer"]]
         self._num_tokens = sum(len(tokens) for tokens in self._buffer)
 
     def _fill(self, documents: Iterator[Document]) -> bool:

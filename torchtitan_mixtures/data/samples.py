@@ -6,6 +6,7 @@ Images are decoded here and not inside `datasets`, so that one broken file does 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,24 +25,97 @@ _MAX_KEYS = 5  # bad samples that the summary names
 _MAX_LOGGED = 100  # bad samples logged one by one; after that every hundredth is
 
 
-class SampleReader:
-    """Turns samples into documents and keeps count of those it cannot read.
+@dataclass
+class SampleCounts:
+    """Samples of one shard."""
 
-    The run stops with a `ValueError` if more than `multimodal.max_bad_fraction` of the samples are
-    bad. This is judged at every bad sample once `MIN_SAMPLES` were seen, and at the end of every
-    epoch. An epoch without one good sample stops the run whatever the limit. Each worker process
-    counts the samples of its own shard; the counts are in the checkpoint.
+    seen: int = 0
+    bad: int = 0
+    good_in_epoch: int = 0
+    bad_keys: list[str] = field(default_factory=list)
+
+
+class SampleJudge:
+    """Stops the run when too many samples are bad, counting over all shards of a process.
+
+    That is a `ValueError` if more than `multimodal.max_bad_fraction` of the samples are bad. It is
+    judged at every bad sample once `MIN_SAMPLES` were seen, and whenever the shards have ended an
+    epoch each on average: a shard alone may be too small to tell. If none of those epochs had a
+    good sample, that stops the run whatever the limit.
     """
 
-    def __init__(self, config: Multimodal, split: str, image_size: int) -> None:
+    def __init__(self, config: Multimodal, split: str) -> None:
+        self._limit = config.max_bad_fraction
+        self._split = split
+        self._counts: list[SampleCounts] = []  # of each shard
+        self._num_ended = 0  # epochs of shards since the last judgement
+        self._num_good = 0  # samples in those
+        self._last_reason = "unknown"
+
+    def new_counts(self) -> SampleCounts:
+        """The counts of one more shard."""
+        self._counts.append(SampleCounts())
+        return self._counts[-1]
+
+    def count_bad(self, counts: SampleCounts, key: str, error: Exception) -> None:
+        """Count, log and judge a bad sample."""
+        counts.bad += 1
+        # Without the addresses of objects, which say nothing and differ from run to run.
+        reason = f"{type(error).__name__}: {error}"
+        self._last_reason = re.sub(r"<\S+ object at 0x\w+>", "it", reason)
+        if len(counts.bad_keys) < _MAX_KEYS:
+            counts.bad_keys.append(key)
+        seen, bad = self._totals()
+        if bad <= _MAX_LOGGED or bad % 100 == 0:
+            logger.warning(
+                f"Skipped bad sample {key}: {self._last_reason} ({bad} of {seen} samples so far)"
+            )
+        if seen >= MIN_SAMPLES and bad > self._limit * seen:
+            raise ValueError(self._summary()) from error
+
+    def end_epoch(self, counts: SampleCounts) -> None:
+        """Count the end of a shard's epoch; judge when that makes one for every shard."""
+        self._num_ended += 1
+        self._num_good += counts.good_in_epoch
+        counts.good_in_epoch = 0
+        if self._num_ended < len(self._counts):
+            return
+        seen, bad = self._totals()
+        if bad > self._limit * seen or not self._num_good:
+            raise ValueError(self._summary())
+        self._num_ended = self._num_good = 0
+
+    def _totals(self) -> tuple[int, int]:
+        return sum(c.seen for c in self._counts), sum(c.bad for c in self._counts)
+
+    def _summary(self) -> str:
+        seen, bad = self._totals()
+        keys = [key for counts in self._counts for key in counts.bad_keys][:_MAX_KEYS]
+        return (
+            f'{bad} of {seen} samples ({bad / seen:.1%}) of split "{self._split}" are bad; '
+            f"multimodal.max_bad_fraction = {self._limit} allows {self._limit:.1%}. "
+            f"Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
+            "Repair the data, or raise the limit."
+        )
+
+
+class SampleReader:
+    """Turns the samples of one shard into documents and counts those it cannot read.
+
+    Args:
+        config: The `[multimodal]` section.
+        split: Name of the split, for messages.
+        image_size: Size that images are brought to.
+        judge: Of all shards of this process. The counts are in the checkpoint by shard, so that
+            processes with other shares of the shards add up what is theirs.
+    """
+
+    def __init__(self, config: Multimodal, split: str, image_size: int, judge: SampleJudge) -> None:
         self._config = config
         self._split = split
         self._image_size = image_size
-        self._seen = 0
-        self._bad = 0
-        self._good_in_epoch = 0
-        self._bad_keys: list[str] = []
-        self._last_reason = "unknown"
+        self._judge = judge
+        self._counts = judge.new_counts()
         named = Path(config.data_files[0] if config.data_files else config.path)
         self._folder = named if named.is_dir() else named.parent
 
@@ -53,7 +127,7 @@ class SampleReader:
             epoch: Number of the pass, for the random choices.
             number: What tells the sample from others of the epoch.
         """
-        self._seen += 1
+        self._counts.seen += 1
         rng = document_rng(self._config.seed, epoch, number)
         key = self._key(sample, number)
         try:
@@ -63,30 +137,24 @@ class SampleReader:
         except MemoryError:
             raise
         except Exception as error:  # what Pillow raises on broken files has no common base
-            self._count_bad(key, error)
+            self._judge.count_bad(self._counts, key, error)
             return None
-        self._good_in_epoch += 1
+        self._counts.good_in_epoch += 1
         return Document(caption_and_image(rng, caption, image), key)
 
     def end_epoch(self) -> None:
-        """Judge the share of bad samples whatever their number."""
-        if self._bad > self._config.max_bad_fraction * self._seen or not self._good_in_epoch:
-            raise ValueError(self._summary())
-        self._good_in_epoch = 0
+        """Tell the judge that the shard has ended an epoch."""
+        self._judge.end_epoch(self._counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, as plain JSON."""
-        return {
-            "seen": self._seen,
-            "bad": self._bad,
-            "good_in_epoch": self._good_in_epoch,
-            "bad_keys": list(self._bad_keys),
-        }
+        """The counts of this shard, as plain JSON."""
+        return asdict(self._counts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting from a state."""
-        self._seen, self._bad = state["seen"], state["bad"]
-        self._good_in_epoch, self._bad_keys = state["good_in_epoch"], list(state["bad_keys"])
+        counts = self._counts
+        counts.seen, counts.bad = state["seen"], state["bad"]
+        counts.good_in_epoch, counts.bad_keys = state["good_in_epoch"], list(state["bad_keys"])
 
     def _resolve(self, image: Any) -> Any:
         """Find a relative path of an image beside the data that names it."""
@@ -101,31 +169,6 @@ class SampleReader:
         name = sample.get("__key__") or (path if isinstance(path, str) else None)
         where = f"{self._config.path or self._config.data_files}:{self._split}[{number}]"
         return f"{where} ({name})" if name else where
-
-    def _count_bad(self, key: str, error: Exception) -> None:
-        self._bad += 1
-        # Without the addresses of objects, which say nothing and differ from run to run.
-        reason = f"{type(error).__name__}: {error}"
-        self._last_reason = re.sub(r"<\S+ object at 0x\w+>", "it", reason)
-        if len(self._bad_keys) < _MAX_KEYS:
-            self._bad_keys.append(key)
-        if self._bad <= _MAX_LOGGED or self._bad % 100 == 0:
-            logger.warning(
-                f"Skipped bad sample {key}: {self._last_reason} "
-                f"({self._bad} of {self._seen} samples so far)"
-            )
-        limit = self._config.max_bad_fraction
-        if self._seen >= MIN_SAMPLES and self._bad > limit * self._seen:
-            raise ValueError(self._summary()) from error
-
-    def _summary(self) -> str:
-        return (
-            f"{self._bad} of {self._seen} samples ({self._bad / self._seen:.1%}) of split "
-            f'"{self._split}" are bad; multimodal.max_bad_fraction = '
-            f"{self._config.max_bad_fraction} allows {self._config.max_bad_fraction:.1%}. "
-            f"Among them: {'; '.join(self._bad_keys)}. The last one's reason: "
-            f"{self._last_reason}. Repair the data, or raise the limit."
-        )
 
 
 def choose_caption(value: Any, draw: float) -> str:

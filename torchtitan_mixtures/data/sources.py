@@ -1,15 +1,15 @@
 """Where documents come from: typed segments, the source interface, and sources with an index.
 
-A document is an ordered list of segments, each of one modality. A source hands out the documents of
-one shard (a data-parallel rank, or one worker process of a rank) and can say where it stands, as
-plain JSON, so that a resumed run continues with exactly the next document.
+A document is an ordered list of segments, each of one modality. A source deals its documents into
+shards. Each shard can say where it stands, as plain JSON, so that a resumed run continues with
+exactly the next document, whichever process reads the shard then.
 """
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,25 +41,33 @@ class Document:
     key: str
 
 
-class Source(Protocol):
-    """A resumable stream of documents."""
+class Shard(Protocol):
+    """A resumable stream of documents: one of the disjoint shares of a source."""
 
-    is_endless: bool
-    """True: epoch after epoch, shuffled anew each time. False: once, in a fixed order."""
-
-    def documents(self, shard: int, num_shards: int) -> Iterator[Document]:
-        """Iterate over one of `num_shards` disjoint shares, from the loaded state on.
+    def __iter__(self) -> Iterator[Document]:
+        """Iterate from the loaded state on.
 
         A state taken while the iterator is between two documents resumes with the second.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of this shard, as plain JSON."""
+        """Where the shard stands, as plain JSON that later reading does not change."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state that a source of the same fingerprint and shard gave."""
+        """Start from a state that this shard of a source of the same fingerprint gave."""
+        ...
+
+
+class Source(Protocol):
+    """What a split holds: opened once in a process and shared by the shards read there."""
+
+    is_endless: bool
+    """True: epoch after epoch, shuffled anew each time. False: once, in a fixed order."""
+
+    def shards(self, indices: Sequence[int], count: int) -> Sequence[Shard]:
+        """Those of `count` disjoint shares that one process reads, each at its beginning."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -100,44 +108,72 @@ class IndexedSource(ABC):
         self.num_documents = num_documents
         self.seed = seed
         self.is_endless = is_endless
-        self._num_taken = 0  # places of the line that this shard has taken
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # epoch and its order
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
 
     @abstractmethod
-    def build_document(self, epoch: int, index: int) -> Document | None:
-        """Build one document, the same one whenever it is asked for; None to skip it."""
+    def shards(self, indices: Sequence[int], count: int) -> Sequence[IndexedShard]:
+        """See `Source.shards`."""
 
-    def end_epoch(self) -> None:  # noqa: B027, not every source needs it
-        """Called when this shard has taken its last place of an epoch."""
+    def index_at(self, epoch: int, place: int) -> int:
+        """Which document stands at a place of an epoch."""
+        if not self.is_endless:
+            return place
+        order = self._orders.get(epoch)
+        if order is None:
+            order = self._orders[epoch] = epoch_order(self.seed, epoch, self.num_documents)
+            for finished in sorted(self._orders)[:-2]:  # shards may be in neighbouring epochs
+                del self._orders[finished]
+        return int(order[place])
 
-    def documents(self, shard: int, num_shards: int) -> Iterator[Document]:
-        """See `Source.documents`."""
+
+class IndexedShard:
+    """One shard of an indexed source.
+
+    Args:
+        source: Knows the order of every epoch.
+        index: Number of the shard.
+        count: How many there are.
+        build: Builds a document from its epoch and index, the same one whenever it is asked for;
+            None to skip it.
+    """
+
+    def __init__(
+        self,
+        source: IndexedSource,
+        index: int,
+        count: int,
+        build: Callable[[int, int], Document | None],
+    ) -> None:
+        self._source = source
+        self._index = index
+        self._count = count
+        self._build = build
+        self._num_taken = 0  # places of the line
+
+    def __iter__(self) -> Iterator[Document]:
+        """See `Shard.__iter__`."""
+        size = self._source.num_documents
         while True:
-            epoch, place = divmod(shard + self._num_taken * num_shards, self.num_documents)
-            if epoch > 0 and not self.is_endless:
+            epoch, place = divmod(self._index + self._num_taken * self._count, size)
+            if epoch > 0 and not self._source.is_endless:
                 return
-            index = self._index_at(epoch, place)
             self._num_taken += 1
-            document = self.build_document(epoch, index)
-            if place + num_shards >= self.num_documents:
+            document = self._build(epoch, self._source.index_at(epoch, place))
+            if place + self._count >= size:
                 self.end_epoch()
             if document is not None:
                 yield document
 
+    def end_epoch(self) -> None:
+        """Called when this shard has taken its last place of an epoch."""
+
     def state_dict(self) -> dict[str, Any]:
-        """See `Source.state_dict`."""
+        """See `Shard.state_dict`."""
         return {"num_taken": self._num_taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Source.load_state_dict`."""
+        """See `Shard.load_state_dict`."""
         self._num_taken = state["num_taken"]
-
-    def _index_at(self, epoch: int, place: int) -> int:
-        if not self.is_endless:
-            return place
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self.seed, epoch, self.num_documents)
-        return int(self._order[1][place])
 
 
 def caption_and_image(rng: random.Random, caption: str, image: NDArray[Any]) -> tuple[Segment, ...]:

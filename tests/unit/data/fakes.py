@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchtitan_mixtures.data.packing import DocumentEncoder, Modalities
-from torchtitan_mixtures.data.sources import Document, IndexedSource, Segment, document_rng
+from torchtitan_mixtures.data.sources import (
+    Document,
+    IndexedShard,
+    IndexedSource,
+    Segment,
+    document_rng,
+)
 from torchtitan_mixtures.data.tokenizers import Sentinels
 
 SENTINELS = Sentinels(pad=0, bos=1, eos=2, image_start=3, image_end=4, speech_start=5, speech_end=6)
@@ -64,6 +70,9 @@ def random_documents(seed: int, count: int, max_text: int = 40) -> Iterator[Docu
 
 class RandomSource(IndexedSource):
     """Random documents that carry epoch and index in their first text."""
+
+    def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
+        return [IndexedShard(self, index, count, self.build_document) for index in indices]
 
     def build_document(self, epoch: int, index: int) -> Document:
         rng = document_rng(self.seed, epoch, index)

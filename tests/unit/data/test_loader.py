@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,44 +12,64 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tests.jobs import load_job
 from tests.unit.data.fakes import MODALITIES, SENTINELS, RandomSource, make_encoder
-from torchtitan_mixtures.data import loader as loader_module
+from torchtitan_mixtures.data import sequences as sequences_module
 from torchtitan_mixtures.data.batch import check_batch
 from torchtitan_mixtures.data.loader import (
     MultimodalDataLoader,
-    PackedDataset,
-    Share,
     build_multimodal_dataloader,
     build_multimodal_tokenizer,
     build_multimodal_validation_dataloader,
     find_modalities,
 )
 from torchtitan_mixtures.data.packing import BatchBuilder, Packer
+from torchtitan_mixtures.data.sequences import TrainingSequences, ValidationBatches
+from torchtitan_mixtures.data.shards import Share, count_shards
+from torchtitan_mixtures.job_config import Multimodal
 
 SEQ_LEN = 64
+SHARDS = 12
 Batch = tuple[dict[str, Tensor], Tensor]
+
+
+def make_packer() -> Packer:
+    return Packer(make_encoder(SEQ_LEN), SEQ_LEN)
+
+
+def make_builder() -> BatchBuilder:
+    return BatchBuilder(MODALITIES, (1.0, 0.5), SENTINELS.pad, SEQ_LEN, False)
 
 
 def make_loader(
     num_documents: int = 40,
     rank: Share = Share(0, 1),  # noqa: B008
-    is_endless: bool = True,
-    max_batches: int = -1,
+    batch_size: int = 3,
     **options: Any,
 ) -> MultimodalDataLoader:
-    builder = BatchBuilder(MODALITIES, (1.0, 0.5), SENTINELS.pad, SEQ_LEN, False)
-    packer = Packer(make_encoder(SEQ_LEN), SEQ_LEN)
-    source = RandomSource(num_documents, 0, is_endless)
+    source = RandomSource(num_documents, 0, True)
+    sequences = TrainingSequences(source, make_packer, rank, SHARDS)
+    fingerprint = {**source.fingerprint(), "multimodal.shards": SHARDS}
     ranges = MODALITIES.vocab_ranges
-    dataset = PackedDataset(source, packer, builder, rank, 3, max_batches, ranges)
-    workers = {"training.dataloader.num_workers": options.get("num_workers", 0)}
-    fingerprint = {**source.fingerprint(), **workers}
-    return MultimodalDataLoader(dataset, rank, fingerprint, **options)
+    return MultimodalDataLoader(
+        sequences, make_builder(), batch_size, fingerprint, ranges, **options
+    )
 
 
-def take(loader: MultimodalDataLoader, count: int) -> list[Batch]:
+def make_validation(
+    num_documents: int = 40,
+    rank: Share = Share(0, 1),  # noqa: B008
+    max_batches: int = -1,
+    **options: Any,
+) -> DataLoader:
+    source, ranges = RandomSource(num_documents, 0, False), MODALITIES.vocab_ranges
+    batches = ValidationBatches(source, make_packer, make_builder(), rank, 3, max_batches, ranges)
+    return DataLoader(batches, batch_size=None, **options)
+
+
+def take(loader: MultimodalDataLoader | DataLoader, count: int) -> list[Batch]:
     return list(itertools.islice(iter(loader), count))
 
 
@@ -78,7 +99,7 @@ def check_resumption(
     for _ in range(before):
         next(take_from)
     state = loader.state_dict()
-    assert all(isinstance(value, (str, int)) for value in state.values())
+    assert all(isinstance(json.loads(value), dict) for value in state.values())
     resumed = make()
     if folder is not None:
         state = through_dcp(state, resumed.state_dict(), folder)
@@ -93,13 +114,107 @@ def test_next_hundred_batches_are_equal_to_the_bit(before: int, tmp_path: Path) 
     check_resumption(make_loader, before, 100, tmp_path)
 
 
-@pytest.mark.parametrize("before", [0, 1, 6])
-def test_next_batches_are_equal_with_workers(before: int) -> None:
-    check_resumption(lambda: make_loader(num_workers=2), before, 30)
+@pytest.mark.parametrize("before", [0, 1, 2, 5, 33])
+def test_next_batches_are_equal_with_workers(before: int, tmp_path: Path) -> None:
+    check_resumption(lambda: make_loader(num_workers=2), before, 30, tmp_path)
 
 
 def test_resumption_within_one_rank_of_many() -> None:
     check_resumption(lambda: make_loader(rank=Share(2, 3)), 4, 20)
+
+
+def test_a_loader_goes_on_where_a_broken_off_iteration_was() -> None:
+    whole = take(make_loader(), 9)
+    for num_workers in (0, 2):
+        loader = make_loader(num_workers=num_workers)
+        assert_equal(take(loader, 4) + take(loader, 5), whole)
+
+
+# --- one order, whoever reads it ------------------------------------------------------------------
+
+
+def rows_of(batches: list[Batch]) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for inputs, _ in batches for row in inputs["input"]]
+
+
+def run_ranks(
+    count: int,
+    num_steps: int,
+    state: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    **options: Any,
+) -> tuple[list[list[tuple[int, ...]]], dict[str, Any]]:
+    """Let all ranks take so many batches.
+
+    Args:
+        count: Number of data-parallel ranks.
+        num_steps: Batches of every rank.
+        state: What all ranks of an earlier run have saved.
+        folder: Where to pass it through a distributed checkpoint.
+        **options: Of `make_loader`.
+
+    Returns:
+        The sequences of every step, over all ranks, sorted; and the merged states of all ranks.
+    """
+    steps: list[list[tuple[int, ...]]] = [[] for _ in range(num_steps)]
+    merged: dict[str, Any] = {}
+    for rank in range(count):
+        loader = make_loader(rank=Share(rank, count), **options)
+        if state is not None:
+            template = loader.state_dict()
+            loader.load_state_dict(
+                through_dcp(state, template, folder / str(rank)) if folder else state
+            )
+        for step, batch in zip(steps, take(loader, num_steps), strict=True):
+            step += rows_of([batch])
+        saved = loader.state_dict()
+        assert not merged.keys() & saved.keys() - {"fingerprint"}
+        merged |= saved
+    return [sorted(step) for step in steps], merged
+
+
+def global_order(count: int) -> list[tuple[int, ...]]:
+    return rows_of(take(make_loader(batch_size=1), count))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_workers", "batch_size"),
+    [(1, 0, 1), (1, 2, 3), (2, 0, 2), (4, 0, 1), (2, 2, 1), (3, 0, 1), (1, 3, 5)],
+)
+def test_order_depends_on_neither_ranks_nor_workers_nor_batches(
+    ranks: int, num_workers: int, batch_size: int
+) -> None:
+    order, size = global_order(120), ranks * batch_size
+    for rank in range(ranks):
+        loader = make_loader(40, Share(rank, ranks), batch_size, num_workers=num_workers)
+        assert rows_of(take(loader, 120 // size)) == order[rank::ranks]
+
+
+def test_resuming_on_other_numbers_of_ranks_goes_on_with_the_next_sequences(
+    tmp_path: Path,
+) -> None:
+    order, position, state = global_order(200), 0, None
+    # 2 x 1 x 7 and then 3 x 1 x 5 batches: 3 ranks start at sequence 86, no multiple of 3
+    runs = [(4, 2, 0, 5), (2, 2, 2, 8), (1, 0, 0, 0), (1, 3, 0, 0), (2, 1, 0, 7), (3, 1, 2, 5),
+            (1, 4, 3, 6), (4, 1, 0, 9)]  # fmt: skip
+    for number, (ranks, batch_size, num_workers, steps) in enumerate(runs):
+        taken, state = run_ranks(
+            ranks, steps, state, tmp_path / str(number), batch_size=max(1, batch_size),
+            num_workers=num_workers,
+        )  # fmt: skip
+        assert len(state) == SHARDS + 1
+        size = ranks * max(1, batch_size)
+        for step in taken:
+            assert step == sorted(order[position : position + size])
+            position += size
+    assert position > 150
+
+
+def test_sequences_that_workers_packed_ahead_are_in_no_state() -> None:
+    loader = make_loader(batch_size=2, num_workers=2, prefetch_factor=8)
+    take(loader, 3)
+    taken = [json.loads(loader.state_dict()[f"shard_{s}"])["taken"] for s in range(SHARDS)]
+    assert taken == [1] * 6 + [0] * 6
 
 
 def document_keys(batches: list[Batch]) -> set[str]:
@@ -131,7 +246,7 @@ def test_ranks_and_workers_read_different_documents(num_workers: int) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_has_as_many_batches_on_every_rank(num_ranks: int, num_workers: int) -> None:
     ranks = [
-        list(make_loader(40, Share(r, num_ranks), is_endless=False, num_workers=num_workers))
+        list(make_validation(40, Share(r, num_ranks), num_workers=num_workers))
         for r in range(num_ranks)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -143,13 +258,13 @@ def test_validation_has_as_many_batches_on_every_rank(num_ranks: int, num_worker
         rows = [tuple(row.tolist()) for inputs, _ in batches for row in inputs["input"]]
         return sorted(row for row in rows if any(row))
 
-    alone = list(make_loader(40, is_endless=False))
+    alone = list(make_validation(40))
     assert sequences([batch for batches in ranks for batch in batches]) == sequences(alone)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_repeats_and_stops_after_its_steps(num_workers: int) -> None:
-    loader = make_loader(40, is_endless=False, max_batches=3, num_workers=num_workers)
+    loader = make_validation(40, max_batches=3, num_workers=num_workers)
     first, second = list(loader), list(loader)
     assert len(first) == 3
     assert_equal(first, second)
@@ -168,7 +283,7 @@ def test_iterating_leaves_the_global_generator_alone() -> None:
 def test_state_before_the_first_batch_starts_no_worker() -> None:
     loader = make_loader(num_workers=2)
     state = loader.state_dict()
-    assert loader._iterator is None
+    assert not multiprocessing.active_children()
     resumed = make_loader(num_workers=2)
     resumed.load_state_dict(state)
     assert_equal(take(resumed, 2), take(make_loader(num_workers=2), 2))
@@ -178,18 +293,15 @@ def test_other_runs_are_refused() -> None:
     loader = make_loader()
     take(loader, 2)
     state = loader.state_dict()
-    with pytest.raises(
-        ValueError,
-        match=r"of 1 data-parallel ranks, this run has 2.*parallelism\.data_parallel_shard_degree"
-        r'.*checkpoint\.exclude_from_loading = \["dataloader"\]',
-    ):
-        make_loader(rank=Share(0, 2)).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"dataloader\.num_workers is 2, but 0 in the run"):
-        make_loader(num_workers=2).load_state_dict(state)
-    other = make_loader()
-    other.fingerprint = {**other.fingerprint, "multimodal.seed": 7}
-    with pytest.raises(ValueError, match=r"multimodal\.seed is 7, but 0 .*Put it back"):
-        other.load_state_dict(state)
+    for key, value in (("multimodal.seed", 7), ("multimodal.shards", 24)):
+        other = make_loader()
+        other.fingerprint = {**other.fingerprint, key: value}
+        with pytest.raises(
+            ValueError,
+            match=rf"{key} is {value}, but \d+ .*Put it back, or .*"
+            r'checkpoint\.exclude_from_loading = \["dataloader"\]',
+        ):
+            other.load_state_dict(state)
     make_loader(rank=Share(0, 2)).load_state_dict({})  # nothing was saved
 
 
@@ -239,7 +351,48 @@ def test_emoji_batches_keep_the_contract(job: Callable[..., Any]) -> None:
 
 
 def test_emoji_resumes_exactly(job: Callable[..., Any], tmp_path: Path) -> None:
-    check_resumption(lambda: build(job(), 1, 4), 3, 10, tmp_path / "checkpoint")
+    config = job("--multimodal.shards=8")
+    check_resumption(lambda: build(config, 1, 4), 3, 10, tmp_path / "checkpoint")
+
+
+def test_emoji_order_is_the_same_on_any_number_of_ranks(job: Callable[..., Any]) -> None:
+    shards = "--multimodal.shards=6"
+    order = rows_of(take(build(job("--training.local_batch_size=8", shards)), 3))
+    config = job("--training.local_batch_size=1", "--training.dataloader.num_workers=2", shards)
+    for rank in range(3):
+        assert rows_of(take(build(config, rank, 3), 8)) == order[rank::3]
+
+
+def test_shards_are_counted_for_many_numbers_of_ranks(job: Callable[..., Any]) -> None:
+    config = job("--training.dataloader.num_workers=2")
+    assert [count_shards(config, ranks) for ranks in (1, 6, 24, 5)] == [48, 48, 48, 240]
+    stream = job("--multimodal.source=datasets", "--multimodal.streaming")
+    assert [count_shards(stream, ranks) for ranks in (1, 6, 5)] == [1, 6, 5]
+    stream.training.dataloader.num_workers = 3
+    assert count_shards(stream, 2) == 6
+    with pytest.raises(ValueError, match=r"multimodal\.shards = -1"):
+        Multimodal(shards=-1)
+    with pytest.raises(
+        ValueError,
+        match=r"into 16 shards \(multimodal\.shards.* 3 data-parallel ranks .*num_workers = 2"
+        r".*: they are 6 readers.* launch one of 1, 2, 4, 8 of them.* a multiple of 6",
+    ):
+        build(job("--training.dataloader.num_workers=2", "--multimodal.shards=16"), 0, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefetch_factor": 3}])
+def test_dataloader_options_are_honoured(
+    job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    config = job("--training.dataloader.num_workers=1", "--training.dataloader.pin_memory")
+    config.training.dataloader.prefetch_factor = options.get("prefetch_factor")
+    loader = build(config)
+    # TorchTitan counts batches, of 2 sequences here
+    assert loader._options["prefetch_factor"] == 2 * options.get("prefetch_factor", 2)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor * 0)
+    monkeypatch.setattr(loader, "_pins_memory", True)
+    ((inputs, labels),) = take(loader, 1)
+    assert not any(tensor.any() for tensor in (*inputs.values(), labels))
 
 
 @pytest.mark.parametrize("split", ["unseen_concept", "unseen_style"])
@@ -289,7 +442,7 @@ def test_batches_are_checked_on_request(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, is_checked: bool
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(loader_module, "check_batch", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(sequences_module, "check_batch", lambda *arguments: calls.append(arguments))
     config = job()
     config.multimodal.check_batches = is_checked
     take(build(config), 3)

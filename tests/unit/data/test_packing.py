@@ -160,7 +160,7 @@ def test_state_continues_exactly() -> None:
     for cut in (0, 1, 7, 40):
         packer, source = Packer(make_encoder(SEQ_LEN), SEQ_LEN), iter(documents)
         first = flatten(list(itertools.islice(packer.pack(source), cut)))
-        state = json.loads(json.dumps(packer.state_dict()))
+        state = json.loads(json.dumps(packer.state_dict(), default=np.ndarray.tolist))
         resumed = Packer(make_encoder(SEQ_LEN), SEQ_LEN)
         resumed.load_state_dict(state)
         assert first + flatten(list(resumed.pack(source))) == whole

@@ -21,7 +21,7 @@ from tests.unit.data.fakes import GreyTokenizer, RandomSource
 from torchtitan_mixtures.data import datasets_source, samples
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.samples import choose_caption
-from torchtitan_mixtures.data.sources import Document, Source, build_source
+from torchtitan_mixtures.data.sources import Document, Shard, Source, build_source
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
 from torchtitan_mixtures.job_config import Multimodal
 
@@ -81,8 +81,13 @@ def content(document: Document) -> tuple[Any, ...]:
     )
 
 
+def only_shard(source: Source, shard: int = 0, num_shards: int = 1) -> Shard:
+    (only,) = source.shards([shard], num_shards)
+    return only
+
+
 def take(source: Source, count: int, shard: int = 0, num_shards: int = 1) -> list[Document]:
-    return list(itertools.islice(source.documents(shard, num_shards), count))
+    return list(itertools.islice(only_shard(source, shard, num_shards), count))
 
 
 # --- sources with an index ------------------------------------------------------------------------
@@ -133,13 +138,13 @@ def test_state_of_a_stream_continues_exactly(
 
 def check_resumption(make: Any, count: int, shard: int = 0, num_shards: int = 1) -> None:
     whole = [content(document) for document in take(make(), count + 9, shard, num_shards)]
-    source = make()
-    documents = source.documents(shard, num_shards)
+    saved = only_shard(make(), shard, num_shards)
+    documents = iter(saved)
     for cut in range(count):
         if cut % 7 == 0:
-            resumed = make()
-            resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
-            following = take(resumed, 9, shard, num_shards)
+            resumed = only_shard(make(), shard, num_shards)
+            resumed.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+            following = list(itertools.islice(resumed, 9))
             assert [content(document) for document in following] == whole[cut : cut + 9]
         next(documents)
 
@@ -254,12 +259,12 @@ def test_bad_images_are_skipped_counted_and_logged(
     monkeypatch.setattr(samples.logger, "propagate", True)
     bad = {5: b"not an image", 17: png(9, size=64)[:100], 30: b""}
     path = write_parquet(tmp_path / "data", rows(60, bad))
-    source = build(path, streaming=streaming, max_bad_fraction=0.1)
+    shard = only_shard(build(path, streaming=streaming, max_bad_fraction=0.1))
     with caplog.at_level(logging.WARNING):
-        documents = take(source, 57)
+        documents = list(itertools.islice(shard, 57))
     captions = set(map(caption, documents))
     assert captions == {f"row {i}" for i in range(60)} - {"row 5", "row 17", "row 30"}
-    assert source.state_dict()["reader"]["bad"] == 3
+    assert shard.state_dict()["reader"]["bad"] == 3
     for name in ("5.png", "17.png", "30.png"):
         assert any(name in record.message for record in caplog.records), name
 
@@ -293,13 +298,68 @@ def test_all_bad_stops_whatever_the_limit(tmp_path: Path, streaming: bool) -> No
         take(build(path, streaming=streaming, max_bad_fraction=1.0), 1)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_readers", [1, 2])
+def test_bad_samples_are_judged_over_all_shards_of_a_process(
+    tmp_path: Path, streaming: bool, num_readers: int
+) -> None:
+    # 12 shards of 4 samples; in those that have a bad one it is a quarter
+    path = write_parquet(tmp_path / "data", rows(48, {i: b"x" for i in (3, 4)}), files=1)
+    for limit, is_allowed in ((0.1, True), (0.02, False)):
+        source = build(path, streaming=streaming, max_bad_fraction=limit)
+        try:
+            for reader in range(num_readers):
+                shards = [iter(s) for s in source.shards(range(reader, 12, num_readers), 12)]
+                for documents in shards * 7:
+                    next(documents)
+        except ValueError as error:
+            assert not is_allowed, error
+        else:
+            assert is_allowed
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_all_bad_stops_however_many_shards(tmp_path: Path, streaming: bool) -> None:
+    path = write_parquet(tmp_path / "data", rows(8, {i: b"x" for i in range(8)}), files=1)
+    source = build(path, streaming=streaming, max_bad_fraction=1.0)
+    with pytest.raises(ValueError, match=r"8 of 8 samples \(100\.0%\)"):
+        next(iter(source.shards(range(4), 4)[2]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_counts_of_bad_samples_add_up_in_another_layout(tmp_path: Path, streaming: bool) -> None:
+    bad = {i: b"x" for i in range(0, 240, 21)}  # some in every shard
+    path = write_parquet(tmp_path / "data", rows(240, bad), files=1)
+    states: dict[int, Any] = {}
+    for rank in range(4):  # of four processes none has seen enough samples to judge
+        source = build(path, streaming=streaming, max_bad_fraction=0.03)
+        for number, shard in zip(range(rank, 4, 4), source.shards([rank], 4), strict=True):
+            list(itertools.islice(shard, 50))
+            states[number] = json.loads(json.dumps(shard.state_dict()))
+    assert sum(state["reader"]["seen"] for state in states.values()) >= 200
+    source = build(path, streaming=streaming, max_bad_fraction=0.03)
+    shards = source.shards(range(4), 4)
+    for number, shard in enumerate(shards):
+        shard.load_state_dict(states[number])
+    with pytest.raises(ValueError, match=r"of 2\d\d samples .* of split \"train\" are bad.*png"):
+        for documents in [iter(shard) for shard in shards]:
+            list(itertools.islice(documents, 12))
+
+
+def test_orders_of_two_epochs_are_kept() -> None:
+    source = RandomSource(10, 0, True)
+    for shard in source.shards(range(3), 3):
+        list(itertools.islice(shard, 30))
+    assert len(source._orders) == 2
+
+
 def test_bad_captions_count(tmp_path: Path) -> None:
     table = rows(10)
     table[2]["caption"], table[4]["caption"] = None, "  "
     path = write_parquet(tmp_path / "data", table)
-    source = build(path, max_bad_fraction=0.5)
-    assert len(set(map(caption, take(source, 8)))) == 8
-    assert source.state_dict()["reader"]["bad"] == 2
+    shard = only_shard(build(path, max_bad_fraction=0.5))
+    assert len(set(map(caption, itertools.islice(shard, 8)))) == 8
+    assert shard.state_dict()["reader"]["bad"] == 2
 
 
 @pytest.mark.parametrize("value", [None, "", " ", 3, [], [None, ""], {"a": "b"}])
@@ -318,9 +378,9 @@ def test_decompression_bomb_is_a_bad_sample(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = write_parquet(tmp_path / "data", rows(20, {3: png(1, 12), 4: png(1, 64)}))
-    source = build(path, max_bad_fraction=0.5)
-    assert len(take(source, 18)) == 18
-    assert source.state_dict()["reader"]["bad"] == 2
+    shard = only_shard(build(path, max_bad_fraction=0.5))
+    assert len(list(itertools.islice(shard, 18))) == 18
+    assert shard.state_dict()["reader"]["bad"] == 2
 
 
 def test_images_are_put_on_white_cropped_and_resized() -> None:
@@ -380,14 +440,16 @@ def test_unusable_paths_are_named(tmp_path: Path) -> None:
 
 def test_stream_with_too_few_samples_for_a_shard(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "data", rows(2), files=1)
-    with pytest.raises(ValueError, match=r"share 2 of 3 .*has no samples; use fewer ranks"):
+    with pytest.raises(
+        ValueError, match=r"shard 2 of 3 .*has no samples; use fewer multimodal\.shards"
+    ):
         take(build(path, streaming=True), 1, 2, 3)
 
 
 def test_emoji_documents_interleave_up_to_the_configured_number_of_pairs():
     config = Multimodal(max_pairs=3, scene_fraction=0.0)
     source = build_source(config, "train", build_image_tokenizer("emoji_32px"), is_endless=True)
-    documents = list(itertools.islice(source.documents(0, 1), 400))
+    documents = take(source, 400)
     pairs = Counter(len(document.segments) // 2 for document in documents)
     assert set(pairs) == {1, 2, 3}
     assert pairs[1] > pairs[2] > 50
@@ -408,7 +470,7 @@ def test_relative_image_paths_are_found_beside_the_data(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     config = Multimodal(source="datasets", path=str(tmp_path / "rows.jsonl"))
     source = build_source(config, "train", GreyTokenizer(), is_endless=False)
-    assert len(list(source.documents(0, 1))) == 4
+    assert len(list(only_shard(source))) == 4
 
 
 def test_a_broken_data_file_is_named(tmp_path: Path):
