@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import os
 import shutil
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.config.job_config import Parallelism
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 
-from torchtitan_mixtures import checkpoint_config, device
+from torchtitan_mixtures import checkpoint_config, device, layout_checks
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
 from torchtitan_mixtures.data import emoji, loader
+from torchtitan_mixtures.float8 import check_converters
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
-
-if TYPE_CHECKING:
-    from torchtitan_mixtures.parallelize import TensorCuts
 
 CONFIG_MODULE = "torchtitan_mixtures.job_config"
 CHECKED = "_checked_by_torchtitan_mixtures"
@@ -97,8 +93,9 @@ def check_job(job_config: MixtureJobConfig) -> None:
     _check_counts(job_config)
     model_args = _model_args(job_config)
     _check_data(job_config, model_args)
-    _check_parallelism(job_config, model_args)
+    layout_checks.check_layout(job_config, model_args)
     _check_compile(job_config)
+    check_converters(job_config, model_args)
     checkpoint_config.check_resume(job_config, model_args)
     setattr(job_config, CHECKED, True)
 
@@ -200,125 +197,6 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
             f"multimodal.image_weight = {data.image_weight}: this flavour lets image positions "
             "see later ones of their image, which would show them their own targets; set it to 0."
         )
-
-
-def _check_parallelism(job_config: JobConfig, model_args: Any) -> None:
-    """Check the degrees against the number of processes and the batch sizes against them."""
-    config = job_config.parallelism
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    unsupported = {
-        "context_parallel_degree": config.context_parallel_degree,
-        "pipeline_parallel_degree": config.pipeline_parallel_degree,
-    }
-    for key, degree in unsupported.items():
-        if degree > 1:
-            raise ValueError(f"parallelism.{key} = {degree}: not supported yet; set it to 1.")
-    for key in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
-        if getattr(config, key) != 1:
-            raise ValueError(
-                f"parallelism.{key} = {getattr(config, key)}: no family of this plugin has routed "
-                "experts to distribute; set it to 1."
-            )
-    check_tensor_parallel(job_config, model_args, _tensor_cuts(job_config.model.name))
-    ranks = _check_degrees(config, world)
-    local, wanted = job_config.training.local_batch_size, job_config.training.global_batch_size
-    if wanted >= 0 and (wanted == 0 or wanted % (local * ranks)):
-        raise ValueError(
-            f"training.global_batch_size = {wanted}: must be -1 or a multiple of "
-            f"training.local_batch_size ({local}) x data-parallel ranks ({ranks}) = "
-            f"{local * ranks}."
-        )
-
-
-def _check_degrees(config: Parallelism, world: int) -> int:
-    """Check that the degrees multiply to the number of processes; return the data-parallel ranks.
-
-    Degrees other than those of data parallelism are at least 1 by now.
-    """
-    replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-    tensor = config.tensor_parallel_degree
-    if world % tensor:
-        raise ValueError(
-            f"parallelism.tensor_parallel_degree = {tensor}: must divide the number of processes, "
-            f"{world}: {_divisors(world)}."
-        )
-    ranks = world // tensor
-    if replicate >= 1 and shard == -1 and ranks % replicate == 0:
-        shard = ranks // replicate
-    if replicate < 1 or replicate * shard != ranks:
-        processes = f"the number of processes, {world}"
-        if tensor > 1:
-            processes += f", divided by parallelism.tensor_parallel_degree ({tensor}) = {ranks}"
-        raise ValueError(
-            f"parallelism.data_parallel_replicate_degree = {replicate}, "
-            f"parallelism.data_parallel_shard_degree = {shard}: their product must be {processes} "
-            "(a shard degree of -1 takes what is left)."
-        )
-    if replicate > 1 and shard == 1 and tensor > 1:
-        raise ValueError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} and "
-            f"parallelism.tensor_parallel_degree = {tensor}: DDP goes with no other parallelism. "
-            f"Set data_parallel_replicate_degree = 1 and data_parallel_shard_degree = {replicate}."
-        )
-    return ranks
-
-
-def _tensor_cuts(family: str) -> TensorCuts | None:
-    """Look up what a family declares about tensor parallelism."""
-    cuts = importlib.import_module(f"torchtitan_mixtures.models.{family}.parallelize").CUTS
-    return cuts.tensor_parallel
-
-
-def check_tensor_parallel(
-    job_config: JobConfig, model_args: BaseModelArgs, cuts: TensorCuts | None
-) -> None:
-    """Check that a model can be cut into as many parts as the job asks for.
-
-    Args:
-        job_config: The job's configuration.
-        model_args: The model's arguments, complete.
-        cuts: What the model's family declares.
-
-    Raises:
-        ValueError: Names the key, its value and what is allowed.
-    """
-    config = job_config.parallelism
-    degree, key = config.tensor_parallel_degree, "parallelism.tensor_parallel_degree"
-    if degree == 1:
-        return
-    if degree < 1:
-        raise ValueError(f"{key} = {degree}: must be 1 or more.")
-    if cuts is None:
-        family = job_config.model.name
-        raise ValueError(f"{key} = {degree}: {family} does not support it; set it to 1.")
-    sizes = dict(cuts.sizes(model_args))
-    if not getattr(model_args, "is_untied", False):
-        # Without towers the stream is cut along the sequence.
-        sizes["positions (training.seq_len)"] = job_config.training.seq_len
-        if job_config.validation.enable:
-            sizes["positions (validation.seq_len)"] = job_config.validation.seq_len
-    wrong = [f"{size} {name}" for name, size in sizes.items() if size % degree]
-    if wrong:
-        raise ValueError(
-            f"{key} = {degree}: model.flavor = {job_config.model.flavor!r} has "
-            f"{' and '.join(wrong)}, which it does not divide. Possible here: "
-            f"{_divisors(math.gcd(*sizes.values()))}."
-        )
-    if getattr(model_args, "dispatch", None) == "reference":
-        raise ValueError(
-            f'mixture.dispatch = "reference": goes with {key} = 1 only, not {degree}; set "split" '
-            'or "grouped".'
-        )
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
-    if config.enable_async_tensor_parallel and not compiled:
-        raise ValueError(
-            "parallelism.enable_async_tensor_parallel = true: needs compile.enable = true and "
-            '"model" in compile.components.'
-        )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _check_compile(job_config: JobConfig) -> None:

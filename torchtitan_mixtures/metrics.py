@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         job_config: JobConfig,
         parallel_dims: ParallelDims,
         tower_of_parameter: Callable[[str], str | None],
+        tower_names: Sequence[str] = (),
     ):
         """Build the processor.
 
@@ -47,9 +48,11 @@ class MixtureMetricsProcessor(MetricsProcessor):
             job_config: The job's configuration.
             parallel_dims: The job's parallel layout.
             tower_of_parameter: Maps a parameter's name to its tower's name, None if shared.
+            tower_names: All that it may return.
         """
         super().__init__(job_config, parallel_dims)
         self._tower_of_parameter = tower_of_parameter
+        self._tower_names = tuple(tower_names)
         self._step_of_interval = 0
 
     def log(
@@ -64,11 +67,21 @@ class MixtureMetricsProcessor(MetricsProcessor):
 
         Args:
             step: The training step.
-            global_avg_loss: Loss over all ranks, in nats per supervised position.
+            global_avg_loss: Loss over all ranks, in nats per supervised position; of a pipeline, of
+                those with the last stage, and zero on the others.
             global_max_loss: The largest loss of a rank.
             grad_norm: Norm of all gradients before clipping.
             extra_metrics: Further scalars to write.
         """
+        extra_metrics = dict(extra_metrics or {})
+        dims = self.parallel_dims
+        if dims.pp_enabled:
+            global_avg_loss = self._sum([global_avg_loss], "pp")[0]
+        if self.loss_meter is not None and (dims.pp_enabled or dims.cp_enabled):
+            global_max_loss = self._largest_loss(self.loss_meter)
+        if dims.cp_enabled and "n_tokens_seen" in extra_metrics:
+            # TorchTitan counts every sequence once for each rank that holds a part of it.
+            extra_metrics["n_tokens_seen"] /= dims.cp
         now = time.perf_counter()
         seconds = now - self.time_last_log
         steps = max(1, step - self._step_of_interval)
@@ -98,7 +111,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         norms = self._tower_norms(grad_norm)
         scalars |= modality_scalars("modality", losses)
         scalars |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
-        scalars |= extra_metrics or {}
+        scalars |= extra_metrics
         self.logger.log(scalars, step)
         self._print(step, scalars, losses, norms)
         self.restart_clock(step)
@@ -142,6 +155,27 @@ class MixtureMetricsProcessor(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
+    def _sum(self, numbers: list[float], dims: str) -> list[float]:
+        """Sum numbers over the ranks of a mesh."""
+        mesh = self.parallel_dims.get_mesh(dims)
+        total = torch.tensor(numbers, dtype=torch.float64, device=mesh.device_type)
+        dist.all_reduce(total, group=mesh.get_group())
+        return total.tolist()
+
+    def _largest_loss(self, meter: LossMeter) -> float:
+        """Largest unweighted loss of a data-parallel rank, whose ranks each have a part of it."""
+        dims = self.parallel_dims
+        totals = meter.totals(torch.device(dims.world_mesh.device_type)).sum(1)  # nll, count
+        for name in ("cp", "pp"):
+            mesh = dims.get_optional_mesh(name)
+            if mesh is not None:
+                dist.all_reduce(totals, group=mesh.get_group())
+        loss = totals[0] / totals[1].clamp(min=1)
+        mesh = dims.get_optional_mesh("batch") if dims.dp_enabled else None
+        if mesh is not None:
+            dist.all_reduce(loss, op=dist.ReduceOp.MAX, group=mesh.get_group())
+        return float(loss)
+
     def _modality_losses(self) -> dict[str, tuple[float, int]]:
         """Reduce the loss meter over all data: nats per target and targets, per modality."""
         if self.loss_meter is None:
@@ -162,6 +196,12 @@ class MixtureMetricsProcessor(MetricsProcessor):
                     tower = self._tower_of_parameter(name) or "shared"
                     groups.setdefault(tower, []).append(parameter.grad)
         squares = {tower: _squared_norm(grads) for tower, grads in groups.items()}
+        if self.parallel_dims.pp_enabled:  # not every stage has parameters of every group
+            names = [*self._tower_names, "shared"]
+            here = [float(name in squares) for name in names]
+            sums = self._sum([*(squares.get(name, 0.0) for name in names), *here], "pp")
+            stages = sums[len(names) :]
+            squares = {name: sums[i] for i, name in enumerate(names) if stages[i]}
         total = math.sqrt(sum(squares.values()))
         scale = grad_norm / total if total > 0 and math.isfinite(grad_norm) else 1.0
         return {tower: math.sqrt(square) * scale for tower, square in sorted(squares.items())}
@@ -199,12 +239,11 @@ def reduce_meter(meter: LossMeter, parallel_dims: ParallelDims) -> dict[str, tup
     Returns:
         For each modality with targets: loss in nats per target, and the number of targets.
     """
-    mesh = parallel_dims.get_optional_mesh("loss") if parallel_dims.dp_cp_enabled else None
-    device = torch.device(parallel_dims.world_mesh.device_type)
-    totals = meter.totals(device)
-    if mesh is not None:
-        totals = totals.clone()
-        dist.all_reduce(totals, group=mesh.get_group())
+    totals = meter.totals(torch.device(parallel_dims.world_mesh.device_type)).clone()
+    meshes = ["loss"] if parallel_dims.dp_cp_enabled else []
+    meshes += ["pp"] if parallel_dims.pp_enabled else []  # only last stages have something to add
+    for name in meshes:
+        dist.all_reduce(totals, group=parallel_dims.get_mesh(name).get_group())
     sums, counts = totals.tolist()
     rows = zip(meter.modality_names, sums, counts, strict=True)
     return {name: (nll / count, int(count)) for name, nll, count in rows if count}
@@ -235,4 +274,5 @@ def build_metrics_processor(
 ) -> MixtureMetricsProcessor:
     """Build the processor for a TrainSpec; `model_args` says which tower a parameter is of."""
     tower_of_parameter = getattr(model_args, "tower_of_parameter", lambda name: None)
-    return MixtureMetricsProcessor(job_config, parallel_dims, tower_of_parameter)
+    tower_names = getattr(model_args, "tower_names", ())
+    return MixtureMetricsProcessor(job_config, parallel_dims, tower_of_parameter, tower_names)

@@ -1,7 +1,8 @@
 """The one place where parallelism is applied to a model, in TorchTitan's order.
 
 A family declares where to cut (`Cuts`); the order and mechanics are here and the same for all:
-tensor parallelism, activation checkpointing, compilation of each block, then FSDP2, HSDP or DDP.
+tensor parallelism, context parallelism, activation checkpointing, compilation of each block, then
+FSDP2, HSDP or DDP. Pipeline stages come here one by one.
 
 Gradients are **sums** over data-parallel ranks everywhere, because the trainer divides the loss by
 the global number of supervised positions: FSDP's own division is switched off, and DDP's average
@@ -28,27 +29,17 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import device
-from torchtitan_mixtures.checks import check_tensor_parallel, require_checked
+from torchtitan_mixtures.activation_checkpoint import SAVED_OPS, checkpoint_blocks
+from torchtitan_mixtures.checks import require_checked
+from torchtitan_mixtures.context_parallel import apply_context_parallel
+from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.layout_checks import check_tensor_parallel
 from torchtitan_mixtures.tensor_parallel import apply_tensor_parallel
-
-# What selective activation checkpointing of kind "op" saves instead of recomputing.
-SAVED_OPS = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_attention_math.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch._higher_order_ops.flex_attention,
-    torch._higher_order_ops.inductor_compiled_code,
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,19 @@ class TensorCuts:
 
 
 @dataclass(frozen=True)
+class ContextCuts:
+    """Where context parallelism changes a family's layers.
+
+    Attributes:
+        attention: Path of the modules that attend, `*` for any layer; see `AllToAllAttention`.
+        heads: Given the model's arguments, the number of heads to share.
+    """
+
+    attention: str
+    heads: Callable[[BaseModelArgs], int]
+
+
+@dataclass(frozen=True)
 class Cuts:
     """Where a family's model may be cut.
 
@@ -75,6 +79,11 @@ class Cuts:
             stage does not have are skipped.
         units_after: The groups after the blocks.
         saved_ops: Further operators that selective activation checkpointing saves.
+        context_parallel: Likewise.
+        products: Given the model's arguments, the projections of a block in the order of their
+            calls: path in the block -> number of matrix products it makes. Every second one is
+            saved by selective activation checkpointing of kind "op". None: TorchTitan's policy,
+            which saves every second product.
         tensor_parallel: None: the family does not support it. `checks` finds this by the name
             `CUTS` in the family's `parallelize` module.
     """
@@ -82,7 +91,9 @@ class Cuts:
     units_before: Sequence[Sequence[str]] = ()
     units_after: Sequence[Sequence[str]] = ()
     saved_ops: Sequence[Callable[..., Any]] = field(default=())
+    products: Callable[[BaseModelArgs], Mapping[str, int]] | None = None
     tensor_parallel: TensorCuts | None = None
+    context_parallel: ContextCuts | None = None
 
 
 def parallelize(
@@ -102,6 +113,8 @@ def parallelize(
     _check_trainer(parallel_dims, job_config)
     if parallel_dims.tp_enabled:
         apply_tp(model, parallel_dims, job_config, cuts)
+    if parallel_dims.cp_enabled:
+        apply_cp(model, parallel_dims, job_config, cuts)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_checkpointing(model, parallel_dims, job_config, cuts, compiled)
@@ -140,6 +153,20 @@ def apply_tp(
     logger.info(f"Applied tensor parallelism over {mesh.size()} ranks to the model")
 
 
+def apply_cp(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cuts: Cuts
+) -> None:
+    """Let each rank hold a part of every sequence."""
+    assert cuts.context_parallel is not None
+    apply_context_parallel(
+        model,
+        parallel_dims.get_mesh("cp"),
+        cuts.context_parallel.attention,
+        cast(MixtureJobConfig, job_config).mixture.context_parallel,
+        job_config.parallelism.context_parallel_rotate_method,
+    )
+
+
 def apply_checkpointing(
     model: nn.Module,
     parallel_dims: ParallelDims,
@@ -155,12 +182,13 @@ def apply_checkpointing(
         # backward graph expects a mesh. Attention is saved there, all else recomputed as asked for.
         config = dataclasses.replace(config, mode="selective", selective_ac_option="op")
         saved = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
-    apply_ac(
+    args = cast(BaseModelArgs, model.model_args)
+    checkpoint_blocks(
         model,
         config,
-        model_compile_enabled=compiled,
-        # pyrefly: ignore [bad-argument-type]  # higher-order operators are saved too
-        op_sac_save_list=saved,
+        saved,
+        cuts.products(args) if cuts.products is not None else None,
+        compiled=compiled,
         base_folder=job_config.job.dump_folder,
     )
 

@@ -116,15 +116,16 @@ class VocabParallel(RowwiseParallel):
 class ScatteredInput(ParallelStyle):
     """A module that works on shares of a stream that reaches every rank whole."""
 
-    def __init__(self, dim: int) -> None:
-        """Take the dimension to cut."""
-        self.dim = dim
+    def __init__(self, dim: int, style: ParallelStyle | None = None) -> None:
+        """Take the dimension to cut, and how the module itself is parallelised."""
+        self.dim, self.style = dim, style
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        # Registered before the style's own hook, which takes a share.
         module.register_forward_pre_hook(
             lambda _, inputs: (scatter(inputs[0], device_mesh, self.dim, Replicate()), *inputs[1:])
         )
-        return module
+        return module if self.style is None else self.style._apply(module, device_mesh)
 
 
 class GatheredInput(ParallelStyle):

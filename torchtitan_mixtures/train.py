@@ -47,6 +47,8 @@ def quiet_the_host() -> None:
     """Drop warnings of the libraries below that say nothing to whoever launched a job."""
     # TorchTitan looks for a tokenizer there; ours are named in [multimodal].
     logger.addFilter(lambda record: not record.getMessage().startswith("HF assets path"))
+    # It says that only the last stage knows the loss; here all ranks are told.
+    logger.addFilter(lambda record: "Parallel loss is not visible" not in record.getMessage())
     # float32 "mixed precision" on a CPU: it says that it does nothing, which is what is meant.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     # torchdata calls it whenever a loader is built.

@@ -19,6 +19,7 @@ from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
 from torchtitan_mixtures.objectives.next_token import LossMeter, Targets, prepare_batch
+from torchtitan_mixtures.pipeline import Pipeline
 
 
 class MixtureTrainer(Trainer):
@@ -57,8 +58,32 @@ class MixtureTrainer(Trainer):
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]:
         """See `prepare_batch`."""
-        model = cast(ModelProtocol, self.model_parts[0])
-        return prepare_batch(model, cast(BaseTokenizer, self.tokenizer), input_dict, labels)
+        return prepare_batch(
+            cast(ModelProtocol, self.model_parts[0]),
+            cast(BaseTokenizer, self.tokenizer),
+            input_dict,
+            labels,
+            self.parallel_dims,
+            cast(MixtureJobConfig, self.job_config),
+        )
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
+    ) -> Tensor:
+        """Run one microbatch forward and backward; see `Pipeline` for what differs from the host.
+
+        Returns:
+            This rank's share of the loss, in nats per supervised position; a scalar, zero on
+            pipeline ranks without the last stage.
+        """
+        if not self.parallel_dims.pp_enabled:
+            return super().forward_backward_step(
+                input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
+            )
+        inputs, targets, _, kwargs = self.post_dataloading_process(input_dict, labels)
+        with self.train_context():
+            pipeline = cast(Pipeline, self.pp_schedule)
+            return pipeline.step(inputs, kwargs, targets, global_valid_tokens)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Take one optimiser step; losses per modality are those of this step."""
@@ -71,6 +96,22 @@ class MixtureTrainer(Trainer):
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
             self._write_config(self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and tokens seen; the latter by all ranks, for a resume with another number of them.
+
+        TorchTitan saves those of one rank, which it multiplies by the ranks when it reports them.
+        """
+        return {**super().state_dict(), "ntokens_seen": self.ntokens_seen * self._data_ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state; see `state_dict`."""
+        super().load_state_dict(state_dict)
+        self.ntokens_seen //= self._data_ranks
+
+    @property
+    def _data_ranks(self) -> int:
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
 
     def should_continue_training(self) -> bool:
         """Say whether a step is left; log if there was none to begin with."""
@@ -101,5 +142,4 @@ class MixtureTrainer(Trainer):
         """
         if torch.distributed.get_rank() == 0:
             folder = self.checkpointer._create_checkpoint_id(step)
-            ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
-            checkpoint_config.write(folder, self.job_config, self.model_args, ranks)
+            checkpoint_config.write(folder, self.job_config, self.model_args, self._data_ranks)

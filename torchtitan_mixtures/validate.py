@@ -23,6 +23,7 @@ from torchtitan_mixtures.data.tokenizers import TextTokenizer
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor, reduce_meter
 from torchtitan_mixtures.objectives.next_token import LossMeter, NextTokenLoss, prepare_batch
+from torchtitan_mixtures.pipeline import Pipeline
 
 
 class MixtureValidator(BaseValidator):
@@ -39,15 +40,18 @@ class MixtureValidator(BaseValidator):
         validation_context: Callable[[], AbstractContextManager[None]],
         maybe_enable_amp: AbstractContextManager[None],
         metrics_processor: MixtureMetricsProcessor,
+        pp_schedule: Pipeline | None = None,
         **unused: Any,
     ):
         super().__init__(job_config)
+        self.mixture_config = job_config
         self.tokenizer = tokenizer
         self.parallel_dims = parallel_dims
         self.loss_fn = loss_fn
         self.validation_context = validation_context
         self.maybe_enable_amp = maybe_enable_amp
         self.metrics_processor = metrics_processor
+        self.pipeline = pp_schedule
         splits = job_config.multimodal.validation_splits
         self.dataloaders = {
             split: build_multimodal_validation_dataloader(
@@ -61,7 +65,7 @@ class MixtureValidator(BaseValidator):
         """Score every split and log it; the model is left in training mode.
 
         Args:
-            model_parts: The model (one part: pipeline stages are scored by their schedule).
+            model_parts: The model, or this rank's stages of it.
             step: The training step, for the log.
         """
         meter, self.loss_fn.meter = (
@@ -91,7 +95,13 @@ class MixtureValidator(BaseValidator):
                 self.tokenizer,
                 input_dict,
                 labels.to(utils.device_type),
+                self.parallel_dims,
+                self.mixture_config,
             )
+            if self.pipeline is not None:
+                with self.validation_context():
+                    self.pipeline.evaluate(inputs, extra_kwargs, targets)
+                continue
             with self.validation_context(), self.maybe_enable_amp:
                 self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), targets)
         losses = reduce_meter(self.loss_fn.meter, self.parallel_dims)

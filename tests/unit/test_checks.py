@@ -16,11 +16,9 @@ from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
 from torchtitan_mixtures.checks import (
     check_arguments,
     check_job,
-    check_tensor_parallel,
     require_checked,
 )
 from torchtitan_mixtures.job_config import Mixture, Multimodal
-from torchtitan_mixtures.models.mot import mot_args
 from torchtitan_mixtures.train import user_error
 
 DEBUG = (TRAIN_CONFIGS / "mot" / "debugmodel.toml").read_text()
@@ -97,55 +95,6 @@ def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
 def test_a_job_that_cannot_work_is_refused(overrides, message, tmp_path):
     with pytest.raises((ValueError, KeyError), match=message):
         check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides))
-
-
-TP = "--parallelism.tensor_parallel_degree"
-
-
-@pytest.mark.parametrize(
-    ("world", "overrides", "message"),
-    [
-        (3, [f"{TP}=3"], r"tensor_parallel_degree = 3: .*'debugmodel' has 16 heads and 16 key.* "
-                         r"Possible here: 1, 2, 4, 8, 16\."),
-        (6, [f"{TP}=4"], r"tensor_parallel_degree = 4: must divide the number of processes, 6: 1, "
-                         r"2, 3, 6\."),
-        (1, [f"{TP}=0"], r"tensor_parallel_degree = 0: must be 1 or more"),
-        (32, [f"{TP}=32"], r"tensor_parallel_degree = 32: .*has 16 heads"),
-        (16, [f"{TP}=16", "--model.flavor=8B_2modality"],
-         r"has 8 key and value heads, which .* Possible here: 1, 2, 4, 8\."),
-        (2, [f"{TP}=2", "--model.flavor=debugmodel_dense", "--training.seq_len=257"],
-         r"has 257 positions \(training\.seq_len\), which it does not divide"),
-        (2, [f"{TP}=2", "--mixture.dispatch=reference"], r'mixture\.dispatch = "reference": goes'),
-        (2, [f"{TP}=2", "--parallelism.enable_async_tensor_parallel"],
-         r"enable_async_tensor_parallel = true: needs compile\.enable = true"),
-        (4, [f"{TP}=2", "--parallelism.data_parallel_replicate_degree=2"],
-         r"replicate_degree = 2 and .*DDP goes with no other .*data_parallel_shard_degree = 2"),
-        (4, [f"{TP}=2", "--parallelism.data_parallel_shard_degree=4"],
-         r"processes, 4, divided by parallelism\.tensor_parallel_degree \(2\) = 2"),
-        (4, [f"{TP}=2", "--training.global_batch_size=6"], r"data-parallel ranks \(2\) = 4"),
-    ],
-)  # fmt: skip
-def test_impossible_tensor_parallelism_is_refused(world, overrides, message, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(ValueError, match=message):
-        check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides))
-
-
-def test_a_family_without_tensor_parallelism_is_refused_it(tmp_path):
-    job = debug_job("mot", f"--job.dump_folder={tmp_path}", f"{TP}=2")
-    with pytest.raises(ValueError, match=r"degree = 2: mot does not support it; set it to 1"):
-        check_tensor_parallel(job, mot_args["debugmodel"], None)
-
-
-@pytest.mark.parametrize(
-    ("world", "overrides"),
-    [(2, []), (4, []), (4, ["--parallelism.data_parallel_shard_degree=2"]),
-     (8, ["--parallelism.data_parallel_replicate_degree=2"]),
-     (2, ["--mixture.dispatch=grouped", "--training.global_batch_size=4"])],
-)  # fmt: skip
-def test_possible_tensor_parallelism_is_let_through(world, overrides, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", f"{TP}=2", *overrides))
 
 
 def test_values_of_our_sections_are_checked_on_their_own():

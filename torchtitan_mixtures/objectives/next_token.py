@@ -26,7 +26,9 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.context_parallel import shard_batch, shard_batch_for_ring
 from torchtitan_mixtures.data.vocabulary import token_model_args
+from torchtitan_mixtures.job_config import MixtureJobConfig
 
 
 class Targets(NamedTuple):
@@ -39,6 +41,11 @@ class Targets(NamedTuple):
 
     labels: Tensor
     loss_weights: Tensor | None = None
+
+    def slice(self, start: int, stop: int) -> Targets:
+        """Those of the rows `start` to `stop` of the batch, as views."""
+        weights = self.loss_weights
+        return Targets(self.labels[start:stop], None if weights is None else weights[start:stop])
 
 
 def split_batch(
@@ -63,26 +70,51 @@ def prepare_batch(
     tokenizer: BaseTokenizer,
     input_dict: dict[str, Tensor],
     labels: Tensor,
+    parallel_dims: ParallelDims,
+    job_config: MixtureJobConfig,
 ) -> tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]:
     """Bring a batch to the form in which a model and the loss take it, in training and validation.
 
+    Under context parallelism a rank keeps its part of every sequence, and all ids that attention
+    masks are made of: models make their masks themselves, in every stage of a pipeline. Only the
+    ring takes a mask that was cut along its queries beforehand.
+
     Args:
-        model: Builds its attention masks, if it takes any.
+        model: Builds the ring's attention mask, if it takes any.
         tokenizer: The text tokenizer.
         input_dict: The batch as `data/batch.py` describes it.
         labels: `(batch, seq)` int64.
+        parallel_dims: The job's parallel layout.
+        job_config: The job's configuration.
 
     Returns:
         `(inputs, targets, extra_inputs, extra_kwargs)` as TorchTitan's `post_dataloading_process`
         returns them: pipeline parallelism hands only `extra_kwargs` to all stages.
     """
+    extra_kwargs: dict[str, Any] = {}
+    if parallel_dims.cp_enabled:
+        mesh = parallel_dims.get_mesh("cp")
+        tensors = {**input_dict, "labels": labels}
+        if "positions" not in tensors:  # a part cannot count from 0
+            tensors["positions"] = torch.arange(labels.shape[1], device=labels.device).expand(
+                labels.shape
+            )
+        if job_config.mixture.context_parallel == "ring":
+            mask = None
+            if getattr(model.model_args, "attn_type", "sdpa") != "sdpa":
+                mask = model.get_attention_masks(input_dict["input"], tokenizer, input_dict)
+            balancer = job_config.parallelism.context_parallel_load_balancer
+            tensors, mask = shard_batch_for_ring(tensors, mask, mesh, balancer)
+            if mask is not None:
+                extra_kwargs["attention_masks"] = mask
+        else:
+            tensors = shard_batch(tensors, mesh)
+        labels = tensors.pop("labels")
+        input_dict = tensors
     inputs, targets, extra_inputs = split_batch(input_dict, labels)
-    # Asked first: the host's own way, to call and to catch the TypeError of a model without masks,
-    # would also hide a fault in the making of one.
-    if getattr(getattr(model, "model_args", None), "attn_type", "sdpa") == "sdpa":
-        return inputs, targets, extra_inputs, {}
-    masks = model.get_attention_masks(inputs, tokenizer, extra_inputs)
-    return inputs, targets, extra_inputs, {"attention_masks": masks}
+    if parallel_dims.pp_enabled:
+        extra_inputs, extra_kwargs = {}, {**extra_inputs, **extra_kwargs}
+    return inputs, targets, extra_inputs, extra_kwargs
 
 
 class LossMeter:
@@ -159,22 +191,33 @@ class NextTokenLoss:
         """Score logits `(batch, seq, vocab)` against targets; return a scalar sum in nats."""
         if not isinstance(targets, Targets):
             targets = Targets(targets)
+        loss, nll_sums, counts = self.score(pred, targets)
+        self.meter.add(nll_sums, counts)
+        return loss
+
+    def score(self, pred: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Score without a note in the meter.
+
+        Returns:
+            The loss, a scalar; the unweighted nll sum and the number of targets of each modality,
+            `(modalities,)` each.
+        """
         nll = self._position_losses(pred, targets.labels)
-        self._book(nll, targets.labels.flatten())
+        nll_sums, counts = self._sums(nll.detach(), targets.labels.flatten())
         if targets.loss_weights is not None:
             nll = nll * targets.loss_weights.flatten()
-        return nll.sum()
+        return nll.sum(), nll_sums, counts
 
-    def _book(self, nll: Tensor, labels: Tensor) -> None:
-        """Add each modality's share of one microbatch to the meter."""
+    def _sums(self, nll: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and count the positions of each modality."""
         start = 0
         sums, counts = [], []
         for end in self._range_ends:
             members = (labels >= start) & (labels < end)
-            sums.append((nll.detach() * members).sum())
+            sums.append((nll * members).sum())
             counts.append(members.sum())
             start = end
-        self.meter.add(torch.stack(sums), torch.stack(counts))
+        return torch.stack(sums), torch.stack(counts)
 
 
 def build_next_token_loss(

@@ -14,6 +14,7 @@ from torchtitan_mixtures.models.mot.args import MoTModelArgs
 from torchtitan_mixtures.models.mot.model import MoTTransformer
 from torchtitan_mixtures.models.mot.parallelize import parallelize_mot
 from torchtitan_mixtures.objectives.next_token import build_next_token_loss
+from torchtitan_mixtures.pipeline import pipeline
 from torchtitan_mixtures.validate import build_validator
 
 mot_args = Flavors(
@@ -199,7 +200,7 @@ def get_train_spec() -> TrainSpec:
         model_cls=MoTTransformer,
         model_args=mot_args,
         parallelize_fn=parallelize_mot,
-        pipelining_fn=None,
+        pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_multimodal_dataloader,

@@ -157,9 +157,10 @@ class MoTTransformer(ModelProtocol):
             modality_masks: Tokens of each modality, `(batch, modalities, seq)` bool, or one
                 flattened `(batch * seq,)` bool mask per modality. Exactly one is True per token.
                 None: by the vocabulary range each token id falls in (first pipeline stage only).
-            document_ids: Document of each token, `(batch, seq)`, int64; not read by
-                `attn_mask_type = "causal"`.
-            image_ids: Image of each token, -1 outside, `(batch, seq)`, int64; read with
+            document_ids: Document of each token, `(batch, seq)`, int64; its values are not read by
+                `attn_mask_type = "causal"`. Where each rank holds a part of the sequences but
+                attends over whole ones, those of whole sequences.
+            image_ids: Image of each token, -1 outside, in the shape of `document_ids`; read with
                 `bidirectional_images` only.
             positions: Position of each token for the rotary embedding, `(batch, seq)`, int64, below
                 `max_seq_len`; None counts from 0. Causality goes by place in the sequence.
@@ -261,10 +262,11 @@ class MoTTransformer(ModelProtocol):
             raise ValueError("document_ids = None with attn_mask_type = 'block_causal'")
         if args.bidirectional_images and image_ids is None:
             raise ValueError("image_ids = None with bidirectional_images = True")
+        attended = tokens if document_ids is None else document_ids
         return build_attention_mask(
             args.attn_type,
-            batch=tokens.shape[0],
-            seq=tokens.shape[1],
+            batch=attended.shape[0],
+            seq=attended.shape[1],
             device=tokens.device,
             document_ids=document_ids if args.attn_mask_type == "block_causal" else None,
             image_ids=image_ids if args.bidirectional_images else None,

@@ -13,10 +13,11 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model import BaseModelArgs
 
+from torchtitan_mixtures.float8 import row_multiple
 from torchtitan_mixtures.models.common.dispatch import RowNorm
 from torchtitan_mixtures.models.mot.args import MoTModelArgs
 from torchtitan_mixtures.models.mot.model import MoTTransformer
-from torchtitan_mixtures.parallelize import Cuts, TensorCuts, parallelize
+from torchtitan_mixtures.parallelize import ContextCuts, Cuts, TensorCuts, parallelize
 from torchtitan_mixtures.tensor_parallel import (
     GatheredInput,
     GatheredOutput,
@@ -63,25 +64,29 @@ def tensor_parallel_styles(model: nn.Module, loss_parallel: bool) -> dict[str, P
                 sequence_dim=stream + 1, use_local_output=True
             )
 
+    # Between pipeline stages the stream is whole; a stage may have no layers.
     layers = list(model.layers.keys())
+    if not layers:
+        styles = {}
     if model.tok_embeddings is not None:
-        styles["tok_embeddings"] = VocabParallel(
-            input_layouts=Replicate(), output_layouts=Shard(stream)
-        )
-    else:
+        layout = Shard(stream) if layers else Replicate()
+        styles["tok_embeddings"] = VocabParallel(input_layouts=Replicate(), output_layouts=layout)
+    elif layers:
         styles[f"layers.{layers[0]}"] = ScatteredInput(stream)
     if model.norm is not None:
         norm_style: ParallelStyle = RowNormParallel()
         if not isinstance(model.norm, RowNorm):
             norm_style = SequenceParallel(sequence_dim=stream, use_local_output=True)
-        styles["norm"] = GatheredOutput(stream, Partial(), norm_style)
+        norm_style = GatheredOutput(stream, Partial(), norm_style)
+        styles["norm"] = norm_style if layers else ScatteredInput(stream, norm_style)
         if loss_parallel:
             head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
             styles["output"] = GatheredInput(head)
         else:
             styles["output"] = GatheredOutput(2, Replicate(), GatheredInput(ColwiseParallel()))
-    else:
-        styles[f"layers.{layers[-1]}"] = GatheredOutput(stream, Replicate())
+    elif layers:
+        last = f"layers.{layers[-1]}"
+        styles[last] = GatheredOutput(stream, Replicate(), styles.get(last))
     return styles
 
 
@@ -96,10 +101,26 @@ def tensor_parallel_sizes(model_args: BaseModelArgs) -> dict[str, int]:
     }
 
 
+def matrix_products(model_args: BaseModelArgs) -> dict[str, int]:
+    """The projections of a block in the order of their calls -> matrix products of each."""
+    args = cast(MoTModelArgs, model_args)
+    is_grouped = args.dispatch == "grouped"
+    attention = 1 if is_grouped else len(args.names_of(args.untie_attention))
+    ffn = 1 if is_grouped else len(args.names_of(args.untie_ffn))
+    return {
+        **{f"attention.{name}": attention for name in ("wq", "wk", "wv", "wo")},
+        **{f"feed_forward.{name}": ffn for name in ("w1", "w3", "w2")},
+    }
+
+
 CUTS = Cuts(
     units_before=[["tok_embeddings"]],
     units_after=[["norm", "output"]],
+    products=matrix_products,
     tensor_parallel=TensorCuts(tensor_parallel_styles, tensor_parallel_sizes),
+    context_parallel=ContextCuts(
+        "layers.*.attention.inner_attention", lambda args: cast(MoTModelArgs, args).n_heads
+    ),
 )
 
 
@@ -108,6 +129,6 @@ def parallelize_mot(
 ) -> nn.Module:
     """Apply the job's parallelism to a MoT; see `torchtitan_mixtures.parallelize`."""
     mot = cast(MoTTransformer, model)
-    # Each rank of tensor parallelism holds an equal share of the rows.
-    mot.row_multiple = math.lcm(mot.row_multiple, parallel_dims.tp)
+    # Each rank of tensor parallelism holds an equal share of the rows; float8 takes blocks of them.
+    mot.row_multiple = math.lcm(mot.row_multiple, parallel_dims.tp, row_multiple(job_config))
     return parallelize(model, parallel_dims, job_config, CUTS)
