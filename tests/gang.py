@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torchtitan_mixtures.train", "tests.gang"])
+_context.set_forkserver_preload(["torchtitan_mixtures.train", "tests.gang", "tests.runs"])
 
 
 def free_port() -> int:

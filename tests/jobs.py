@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tyro._docstrings
 from torchtitan.config import ConfigManager
+
+# What --help would print is read out of source files, which takes every new process a second. Here
+# nothing prints it; the commands of tests/e2e are processes of their own.
+tyro._docstrings.get_field_docstring = lambda *_: None
 
 ROOT = Path(__file__).parent.parent
 TRAIN_CONFIGS = ROOT / "train_configs"

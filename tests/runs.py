@@ -7,19 +7,29 @@ from tests.jobs import debug_job
 
 def train(family: str, *overrides: str) -> dict:
     """Run the trainer; return losses by step, gradient norms, and the final weights' checksum."""
+    return train_until(None, family, *overrides)
+
+
+def train_until(stop: int | None, family: str, *overrides: str) -> dict:
+    """As `train`, but leave the run after some step of those that the job asks for."""
     from torchtitan_mixtures.trainer import MixtureTrainer
 
     job = debug_job(family, *overrides)
     trainer = MixtureTrainer(job)
-    records: dict = {"loss": {}, "grad_norm": {}, "validation": {}}
+    if stop is not None:
+        trainer.should_continue_training = lambda: trainer.step < stop
+    records: dict = {"loss": {}, "grad_norm": {}, "scalars": {}, "validation": {}}
     processor = trainer.metrics_processor
 
-    def log(step, loss, max_loss, grad_norm, extra_metrics=None, *, original=processor.log):
-        records["loss"][step] = loss
-        records["grad_norm"][step] = grad_norm
-        original(step, loss, max_loss, grad_norm, extra_metrics)
+    # Every rank's numbers as the processor reports them, reduced over all that have a part in them.
+    def log(scalars, step, *, original=processor.logger.log):
+        if "grad_norm" in scalars:
+            records["loss"][step] = scalars["loss_metrics/global_avg_loss"]
+            records["grad_norm"][step] = scalars["grad_norm"]
+            records["scalars"][step] = scalars
+        original(scalars, step)
 
-    processor.log = log
+    processor.logger.log = log
     if job.validation.enable:
         original = processor.log_validation
 
@@ -30,7 +40,7 @@ def train(family: str, *overrides: str) -> dict:
         processor.log_validation = log_validation
     trainer.train()
     records["weights"] = {}
-    for name, p in trainer.model_parts[0].named_parameters():
+    for name, p in [item for part in trainer.model_parts for item in part.named_parameters()]:
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
         records["weights"][name] = whole.detach().double().sum().item()

@@ -1,0 +1,134 @@
+"""Runs that are killed with SIGKILL: nothing corrupt, nothing lost but steps since a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gang import free_port
+from tests.jobs import ROOT, TRAIN_CONFIGS
+
+pytestmark = pytest.mark.e2e
+
+STEPS, INTERVAL = 12, 2
+OPTIONS = (
+    "--training.seq_len=128", "--training.local_batch_size=1", f"--training.steps={STEPS}",
+    "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--validation.no_enable",
+    "--lr_scheduler.warmup_steps=2", "--checkpoint.enable", f"--checkpoint.interval={INTERVAL}",
+)  # fmt: skip
+
+
+class Run:
+    """Two ranks, started without a launcher so that a kill hits them and nothing else."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self._log = folder / f"log-{len(list(folder.glob('log-*')))}"
+        port = str(free_port())
+        environment = {
+            "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+        command = [
+            sys.executable, "-m", "torchtitan_mixtures.train",
+            "--config", str(TRAIN_CONFIGS / "mot" / "debugmodel.toml"), *OPTIONS,
+            f"--job.dump_folder={folder}", *options,
+        ]  # fmt: skip
+        self.processes = []
+        for rank in range(2):
+            with Path(self._log if rank == 0 else f"{self._log}.1").open("w") as log:
+                self.processes.append(subprocess.Popen(
+                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                    env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                ))  # fmt: skip
+
+    def output(self) -> str:
+        """What rank 0 has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        """Look often; the run must not end before the condition holds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            alive = all(process.poll() is None for process in self.processes)
+            assert alive and time.monotonic() < deadline, self.output()[-3000:]
+            time.sleep(0.002)
+
+    def kill(self, rank: int) -> None:
+        """Kill one rank at once; the other must notice by itself."""
+        self.processes[rank].send_signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait(timeout=120)
+
+    def finish(self) -> None:
+        """Wait for the end of the training."""
+        for process in self.processes:
+            assert process.wait(timeout=240) == 0, self.output()[-3000:]
+
+    def losses(self) -> dict[int, str]:
+        """Loss of each step, as printed."""
+        found = re.findall(r"step: *(\d+) .*?loss: *([\d.]+)", self.output())
+        return {int(step): loss for step, loss in found}
+
+    def started_at(self) -> int:
+        """The first step that was trained."""
+        (step,) = re.findall(r"Training starts at step (\d+)", self.output())
+        return int(step)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoint is complete."""
+    done = (folder / "checkpoint").glob("step-*/.metadata")
+    return sorted(int(path.parent.name.partition("-")[2]) for path in done)
+
+
+def is_being_saved(folder: Path, step: int) -> bool:
+    """Whether weights are being written, but not all of them are."""
+    path = folder / "checkpoint" / f"step-{step}"
+    return any(path.glob("*.distcp")) and not (path / ".metadata").exists()
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(mode, tmp_path):
+    rng = random.Random(mode)
+    options = (f"--checkpoint.async_mode={mode}",)
+    whole = Run(tmp_path / "whole", *options)
+    whole.finish()
+    expected = whole.losses()
+    assert sorted(expected) == list(range(1, STEPS + 1))
+
+    killed = tmp_path / "killed"
+
+    def in_a_save(step: int) -> Callable[[Run], None]:
+        return lambda run: run.wait_until(lambda: is_being_saved(killed, step))
+
+    def after(step: int) -> Callable[[Run], None]:
+        def wait(run: Run) -> None:
+            run.wait_until(lambda: step in run.losses())
+            time.sleep(rng.random() * 0.3)
+
+        return wait
+
+    for moment in (in_a_save(2), after(3), in_a_save(4), after(7), in_a_save(10), None):
+        finished = max(complete_steps(killed), default=0)
+        run = Run(killed, *options)
+        if moment is None:
+            run.finish()
+        else:
+            moment(run)
+            run.kill(rng.randrange(2))
+        losses = run.losses()
+        assert run.started_at() == finished + 1
+        assert losses == {step: expected[step] for step in losses}
+    assert max(losses) == STEPS
