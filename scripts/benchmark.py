@@ -1,5 +1,7 @@
 """Measures a family against what it should cost: `python scripts/benchmark.py mot [--quick]`.
 
+`parallel` in place of `mot` measures layouts of two processes; see `benchmark_parallel.py`.
+
 All in one process: variants run alternately and in random order, forward and backward, and ratios
 are formed within each round. Design targets stand beside the ratios; the baseline's ratio to itself
 says how much of a difference is noise. Flags of block rows multiply: `--dtypes fp32 bf16 --modes
@@ -17,6 +19,7 @@ from pathlib import Path
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 import benchmark_mot  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_parallel  # pyrefly: ignore [missing-import]
 import torch
 
 from torchtitan_mixtures import benchmark as measure
@@ -37,7 +40,14 @@ def add_mot(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_mot.ROWS
 
 
-FAMILIES = {"mot": add_mot}
+def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """Flags of the layouts of two processes; their rows."""
+    layouts = list(benchmark_parallel.LAYOUTS)
+    parser.add_argument("--layouts", nargs="+", choices=layouts, default=layouts)
+    return benchmark_parallel.ROWS
+
+
+FAMILIES = {"mot": add_mot, "parallel": add_parallel}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -6,13 +6,10 @@ import contextlib
 import importlib
 import io
 import json
-import multiprocessing
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.jobs import ROOT
 
@@ -164,30 +161,18 @@ def refuse_sum_reduction() -> None:
 def test_llama3_needs_the_adaptation_for_gloo(scripts):
     message = r"Cannot use ReduceOp.PREMUL_SUM with Gloo"
     with pytest.raises(RuntimeError, match=message):
-        scripts.benchmark_ranks.run_ranks(refuse_sum_reduction, 2)
+        scripts.benchmark_ranks.run_layout(refuse_sum_reduction, 2)
     assert message.replace("\\", "") in scripts.benchmark_parallel.ADAPTED
 
 
-def add_ranks(rank_to_fail: int | None, seconds: float) -> tuple[float, int]:
-    """The sum of all ranks, late or not at all, and the number of threads."""
-    if dist.get_rank() == rank_to_fail:
-        raise ValueError("first line\nsecond line")
-    time.sleep(seconds)
-    total = torch.tensor(float(dist.get_rank()))
-    dist.all_reduce(total)
-    return float(total), torch.get_num_threads()
+def fail() -> None:
+    raise ValueError("first line\nsecond line")
 
 
-def test_ranks_leave_no_process_behind_whatever_happens(scripts):
-    run_ranks = scripts.benchmark_ranks.run_ranks
-    assert run_ranks(add_ranks, 2, None, 0.0) == [(1.0, 1)] * 2
+def test_a_layout_that_fails_gives_the_first_line_of_its_error(scripts):
     with pytest.raises(RuntimeError) as caught:
-        run_ranks(add_ranks, 2, 1, 0.0)
+        scripts.benchmark_ranks.run_layout(fail, 2)
     assert str(caught.value) == "ValueError: first line"
-    assert "in add_ranks" in caught.value.__notes__[0]
-    with pytest.raises(RuntimeError, match=r"no result within 0.1 s"):
-        run_ranks(add_ranks, 2, None, 60.0, timeout=0.1)
-    assert not multiprocessing.active_children()
 
 
 def test_an_unknown_collective_stops_the_count(scripts):
