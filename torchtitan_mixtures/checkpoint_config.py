@@ -108,9 +108,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     steps: dict[int, Path] = {}
     for path in Path(folder).glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
-        complete = (path / METADATA).is_file() or (
-            path / "model.safetensors.index.json"
-        ).is_file()
+        complete = (path / METADATA).is_file() or (path / "model.safetensors.index.json").is_file()
         if match and complete:
             steps[int(match.group(1))] = path
     return steps[max(steps)] if steps else None

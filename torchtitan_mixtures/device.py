@@ -8,7 +8,9 @@ this, in every module of TorchTitan that is loaded by then (those loaded later c
 2. `device_module` becomes `CpuModule`, which forwards to `torch.cpu` and adds what TorchTitan asks
    of a CUDA module: name, capacity and peak memory of the device (the peak is that of the process,
    as the operating system counts it).
-3. `torchtitan.tools.utils.get_peak_flops` returns NaN. TorchTitan would assume an A100 and report
+3. `torchtitan.tools.utils.get_device_info` returns these two, for modules that ask it when they are
+   loaded.
+4. `torchtitan.tools.utils.get_peak_flops` returns NaN. TorchTitan would assume an A100 and report
    a utilisation of 0.00 %; `metrics.py` leaves utilisation out where the peak is NaN.
 
 With an accelerator it changes nothing. What gloo needs of FSDP is set on the modules that need it,
@@ -82,6 +84,7 @@ def prepare() -> None:
 
     utils.get_peak_flops = lambda device_name: math.nan
     device_module = CpuModule("torchtitan_mixtures.device.CpuModule")
+    utils.get_device_info = lambda: ("cpu", device_module)
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan."):
             if hasattr(module, "device_type"):

@@ -100,7 +100,9 @@ def saved(tmp_path_factory):
 
 def test_an_asynchronous_checkpoint_is_of_its_step(tmp_path):
     # Every step is saved while the next ones already change the weights.
-    options = ("--checkpoint.async_mode=async", "--checkpoint.interval=1")
+    options = (
+        "--checkpoint.async_mode=async", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0",
+    )  # fmt: skip
     run("FSDP2", tmp_path, *options, stop=4)
     found = run("1 rank", tmp_path, *options, "--checkpoint.load_step=2", stop=3)
     assert_same_curve(found, [3])

@@ -54,7 +54,7 @@ def test_every_layout_takes_the_same_steps_with_accumulation(family, layout, exp
 STEPS = (
     "--metrics.no_enable_tensorboard", "--checkpoint.no_enable", "--training.steps=2",
     "--training.seq_len=128", "--training.global_batch_size=4", "--lr_scheduler.warmup_steps=1",
-    "--validation.enable", "--validation.freq=1", "--validation.steps=2",
+    "--validation.enable", "--validation.freq=1", "--validation.steps=1",
     "--validation.seq_len=96",
     "--multimodal.image_weight=0.5",
 )  # fmt: skip

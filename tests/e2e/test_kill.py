@@ -19,7 +19,7 @@ from tests.jobs import ROOT, TRAIN_CONFIGS
 
 pytestmark = pytest.mark.e2e
 
-STEPS, INTERVAL = 12, 2
+STEPS, INTERVAL = 8, 2
 OPTIONS = (
     "--training.seq_len=128", "--training.local_batch_size=1", f"--training.steps={STEPS}",
     "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--validation.no_enable",
@@ -99,36 +99,41 @@ def is_being_saved(folder: Path, step: int) -> bool:
     return any(path.glob("*.distcp")) and not (path / ".metadata").exists()
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(mode, tmp_path):
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> dict[int, str]:
+    """The losses of a run that nobody disturbs."""
+    run = Run(tmp_path_factory.mktemp("whole"), "--checkpoint.no_enable")
+    run.finish()
+    assert sorted(run.losses()) == list(range(1, STEPS + 1))
+    return run.losses()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("mode", "moments"),
+    [("disabled", ("in save 2", "after 3", "in save 6")), ("async", ("in save 4", "after 5"))],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(mode, moments, expected, tmp_path):
     rng = random.Random(mode)
-    options = (f"--checkpoint.async_mode={mode}",)
-    whole = Run(tmp_path / "whole", *options)
-    whole.finish()
-    expected = whole.losses()
-    assert sorted(expected) == list(range(1, STEPS + 1))
-
-    killed = tmp_path / "killed"
-
-    def in_a_save(step: int) -> Callable[[Run], None]:
-        return lambda run: run.wait_until(lambda: is_being_saved(killed, step))
-
-    def after(step: int) -> Callable[[Run], None]:
-        def wait(run: Run) -> None:
-            run.wait_until(lambda: step in run.losses())
-            time.sleep(rng.random() * 0.3)
-
-        return wait
-
-    for moment in (in_a_save(2), after(3), in_a_save(4), after(7), in_a_save(10), None):
-        finished = max(complete_steps(killed), default=0)
-        run = Run(killed, *options)
-        if moment is None:
+    for moment in (*moments, "the end"):
+        finished = max(complete_steps(tmp_path), default=0)
+        run = Run(tmp_path, f"--checkpoint.async_mode={mode}")
+        if moment == "the end":
             run.finish()
         else:
-            moment(run)
+            wait_for(moment, run, rng)
             run.kill(rng.randrange(2))
         losses = run.losses()
         assert run.started_at() == finished + 1
         assert losses == {step: expected[step] for step in losses}
     assert max(losses) == STEPS
+
+
+def wait_for(moment: str, run: Run, rng: random.Random) -> None:
+    """Wait until a step is being saved, or for some time after it was trained."""
+    step = int(moment.rpartition(" ")[2])
+    if moment.startswith("in save"):
+        run.wait_until(lambda: is_being_saved(run.folder, step))
+    else:
+        run.wait_until(lambda: step in run.losses())
+        time.sleep(rng.random() * 0.3)
