@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,43 @@ def read(folder: str | Path) -> dict[str, Any]:
     return content
 
 
+def _step_folders(folder: str | Path) -> dict[int, Path]:
+    """Find the folders of steps below a run's checkpoint folder, complete or not."""
+    matches = (
+        (re.fullmatch(r"step-(\d+)", path.name), path) for path in Path(folder).glob("step-*")
+    )
+    return {int(match.group(1)): path for match, path in matches if match}
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether TorchTitan would load a step's folder."""
+    return (path / METADATA).is_file() or (path / "model.safetensors.index.json").is_file()
+
+
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """Find the complete checkpoint of the highest step below a run's checkpoint folder."""
-    steps: dict[int, Path] = {}
-    for path in Path(folder).glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        complete = (path / METADATA).is_file() or (path / "model.safetensors.index.json").is_file()
-        if match and complete:
-            steps[int(match.group(1))] = path
+    steps = {step: path for step, path in _step_folders(folder).items() if _is_complete(path)}
     return steps[max(steps)] if steps else None
+
+
+def _left_over(folder: str | Path) -> list[Path]:
+    """Find what kills in the middle of a save left of checkpoints of ours."""
+    steps = _step_folders(folder).values()
+    return [path for path in steps if not _is_complete(path) and (path / FILE_NAME).is_file()]
+
+
+def remove_incomplete(folder: str | Path) -> None:
+    """Remove checkpoints that were not saved to their end, and the folder if nothing is left.
+
+    TorchTitan counts them among the `checkpoint.keep_latest_k` newest and would remove whole ones
+    for them; and where the folder exists it does not read `checkpoint.initial_load_path`. To be
+    called by one rank, while nothing is being saved.
+    """
+    for path in _left_over(folder):
+        logger.warning(f"Removing {path}: it was not saved to its end.")
+        shutil.rmtree(path)
+    if Path(folder).is_dir() and not any(Path(folder).iterdir()):
+        Path(folder).rmdir()
 
 
 def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
@@ -120,7 +149,7 @@ def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
     folder = Path(job_config.job.dump_folder) / config.folder
     if config.load_step != -1:
         return folder / f"step-{config.load_step}"
-    if folder.exists():
+    if folder.exists() and len(_left_over(folder)) < len(list(folder.iterdir())):
         return latest_checkpoint(folder)
     if config.initial_load_path and not config.initial_load_in_hf:
         return Path(config.initial_load_path)

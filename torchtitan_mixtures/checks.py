@@ -138,6 +138,12 @@ def _check_counts(job_config: JobConfig) -> None:
             keys.append("validation.steps")
     if job_config.checkpoint.enable:
         keys.append("checkpoint.interval")
+        kept = job_config.checkpoint.keep_latest_k
+        if kept == 1 or kept < 0:
+            raise ValueError(
+                f"checkpoint.keep_latest_k = {kept}: must be 0 (all) or 2 or more; the newest may "
+                "be incomplete."
+            )
     for key in keys:
         section, _, name = key.partition(".")
         value = getattr(getattr(job_config, section), name)

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.pipelining.schedules import (
@@ -194,6 +195,12 @@ def _check_context_parallel(
     if cuts is None:
         family = job_config.model.name
         raise ValueError(f"{key} = {degree}: {family} does not support it; set it to 1.")
+    balancer = config.context_parallel_load_balancer
+    if balancer not in (None, "headtail", "ptrr"):
+        raise ValueError(
+            f"parallelism.context_parallel_load_balancer = {balancer!r}: must be 'headtail' or "
+            "'ptrr'; it matters to mixture.context_parallel = \"ring\" only."
+        )
     lengths = {f"positions ({k})": v for k, v in _sequence_lengths(job_config).items()}
     if kind == "all_to_all":
         tensor = config.tensor_parallel_degree
@@ -206,13 +213,13 @@ def _check_context_parallel(
             'mixture.context_parallel = "ring": PyTorch has it for accelerators only, and this '
             'machine has none; set "all_to_all".'
         )
-    balancer, attn_type = config.context_parallel_load_balancer, model_args.attn_type
+    attn_type = model_args.attn_type
     if attn_type not in ("sdpa", "flex"):
         raise ValueError(
             f'mixture.context_parallel = "ring": attends with "sdpa" or "flex", not '
             f'{attn_type!r} as model.flavor = {job_config.model.flavor!r}; set "all_to_all".'
         )
-    if balancer not in (None, "headtail", "ptrr") or (balancer == "ptrr" and attn_type != "flex"):
+    if balancer == "ptrr" and attn_type != "flex":
         raise ValueError(
             f"parallelism.context_parallel_load_balancer = {balancer!r}: must be 'headtail', or "
             "'ptrr' with a flavour that attends with 'flex'."
@@ -238,10 +245,45 @@ def _check_pipeline(job_config: MixtureJobConfig, model_args: Any) -> None:
             f"parallelism.pipeline_parallel_microbatch_size = {microbatch}: must divide "
             f"training.local_batch_size = {batch}: {_divisors(batch)}."
         )
+    _check_stages(config, model_args.n_layers)
     try:
         _check_schedule(job_config, batch // microbatch, model_args.n_layers)
     except ValueError as error:
         raise ValueError(f"{key} = {degree}, {error}") from None
+
+
+def _check_stages(config: Parallelism, n_layers: int) -> None:
+    """Check the keys that say which layers a stage has."""
+    for name, least in (
+        ("pipeline_parallel_layers_per_stage", 1),
+        ("pipeline_parallel_first_stage_less_layers", 0),
+        ("pipeline_parallel_last_stage_less_layers", 0),
+    ):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"parallelism.{name} = {value}: must be {least} or more.")
+    file = config.pipeline_parallel_schedule_csv
+    if file and not os.path.isfile(file):
+        raise ValueError(f"parallelism.pipeline_parallel_schedule_csv = {file!r}: no such file.")
+    parts = config.module_fqns_per_model_part
+    if parts is None:
+        return
+    key = "parallelism.module_fqns_per_model_part"
+    degree = config.pipeline_parallel_degree
+    if not parts or len(parts) % degree:
+        raise ValueError(
+            f"{key}: has {len(parts)} parts; their number must be a multiple of "
+            f"parallelism.pipeline_parallel_degree = {degree}."
+        )
+    wanted = ["tok_embeddings", *(f"layers.{i}" for i in range(n_layers)), "norm", "output"]
+    found = [name for part in parts for name in part]
+    for expected, name in zip_longest(wanted, found):
+        if expected != name:
+            raise ValueError(
+                f"{key}: {name or 'nothing'} stands where {expected or 'nothing'} belongs. All "
+                f"parts together must be tok_embeddings, layers.0 to layers.{n_layers - 1}, norm "
+                "and output, in this order and each once."
+            )
 
 
 def _check_schedule(job_config: JobConfig, microbatches: int, n_layers: int) -> None:

@@ -69,7 +69,8 @@ class MixtureMetricsProcessor(MetricsProcessor):
             step: The training step.
             global_avg_loss: Loss over all ranks, in nats per supervised position; of a pipeline, of
                 those with the last stage, and zero on the others.
-            global_max_loss: The largest loss of a rank.
+            global_max_loss: The largest loss of a rank; replaced by the largest of a data-parallel
+                rank, without loss weights.
             grad_norm: Norm of all gradients before clipping.
             extra_metrics: Further scalars to write.
         """
@@ -77,7 +78,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         dims = self.parallel_dims
         if dims.pp_enabled:
             global_avg_loss = self._sum([global_avg_loss], "pp")[0]
-        if self.loss_meter is not None and (dims.pp_enabled or dims.cp_enabled):
+        if self.loss_meter is not None:  # TorchTitan's depends on how a rank's batch is cut
             global_max_loss = self._largest_loss(self.loss_meter)
         if dims.cp_enabled and "n_tokens_seen" in extra_metrics:
             # TorchTitan counts every sequence once for each rank that holds a part of it.

@@ -79,13 +79,13 @@ class Cuts:
             stage does not have are skipped.
         units_after: The groups after the blocks.
         saved_ops: Further operators that selective activation checkpointing saves.
-        context_parallel: Likewise.
         products: Given the model's arguments, the projections of a block in the order of their
             calls: path in the block -> number of matrix products it makes. Every second one is
             saved by selective activation checkpointing of kind "op". None: TorchTitan's policy,
             which saves every second product.
         tensor_parallel: None: the family does not support it. `checks` finds this by the name
             `CUTS` in the family's `parallelize` module.
+        context_parallel: The same about context parallelism.
     """
 
     units_before: Sequence[Sequence[str]] = ()

@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(job_config: MixtureJobConfig) -> None:
     """Run a checked job to its end."""
+    if job_config.training.mixed_precision_param == "float32":
+        # There is nothing to be missed where the layout does not mix precisions.
+        logger.addFilter(lambda record: "Mixed precision training with" not in record.getMessage())
     trainer = MixtureTrainer(job_config)
     try:
         if job_config.checkpoint.create_seed_checkpoint:

@@ -39,6 +39,10 @@ class MixtureTrainer(Trainer):
         self.loss_meter = getattr(self.loss_fn, "meter", None)
         self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
         self.processor.loss_meter = self.loss_meter
+        if self.checkpointer.enable:
+            if torch.distributed.get_rank() == 0:
+                checkpoint_config.remove_incomplete(self.checkpointer.folder)
+            torch.distributed.barrier()  # other ranks look into the folder next
 
     def init_distributed(self) -> ParallelDims:
         """Set up the process groups and the layout.

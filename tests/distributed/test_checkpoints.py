@@ -33,11 +33,13 @@ LAYOUTS = {
     "PP2": {"pp": 2},
     "PP2 interleaved": {"pp": 2, "schedule": "Interleaved1F1B"},
     "HSDP2x2": {"dp_replicate": 2, "dp_shard": 2},
+    "DDP2": {"dp_replicate": 2},
 }
 MATRIX = [
     ("FSDP4", "TP2xFSDP2"), ("FSDP4", "1 rank"), ("FSDP2", "1 rank"), ("1 rank", "FSDP2"),
     ("1 rank", "FSDP4"), ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"),
     ("PP2 interleaved", "PP2"), ("CP2", "TP2"), ("TP2xFSDP2", "HSDP2x2"),
+    ("PP2", "CP2"), ("CP2", "DDP2"),
 ]  # fmt: skip
 
 
@@ -49,6 +51,8 @@ def run(layout: str, folder: Path | str, *options: str, stop: int | None = None)
     for degree in degrees.values():
         world *= degree
     overrides = [f"--parallelism.{KEYS[key]}={n}" for key, n in degrees.items()]
+    if layout == "DDP2":
+        overrides.append("--parallelism.data_parallel_shard_degree=1")
     if schedule:
         overrides.append(f"--parallelism.pipeline_parallel_schedule={schedule}")
     records = run_ranks(
@@ -56,7 +60,9 @@ def run(layout: str, folder: Path | str, *options: str, stop: int | None = None)
         f"--job.dump_folder={folder}", *overrides, *options, init=False, timeout=240,
     )  # fmt: skip
     assert all(record["loss"] == records[0]["loss"] for record in records)
-    return records[0]
+    # Stages of a pipeline know their own weights only.
+    weights = {name: total for record in records for name, total in record["weights"].items()}
+    return records[0] | {"weights": weights}
 
 
 @cache
@@ -79,7 +85,12 @@ def assert_same_curve(found: dict, steps: list[int]) -> None:
 
 @pytest.mark.parametrize(("before", "after"), MATRIX)
 def test_the_curve_goes_on_under_another_layout(before, after, tmp_path, saved):
-    assert_same_curve(run(after, saved(before, tmp_path)), [4, 5])
+    found = run(after, saved(before, tmp_path))
+    assert_same_curve(found, [4, 5])
+    expected = uninterrupted()["weights"]
+    assert found["weights"].keys() == expected.keys()
+    for name, total in expected.items():  # of weights of either sign, so an absolute error
+        assert found["weights"][name] == pytest.approx(total, rel=1e-3, abs=0.05), name
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -12,8 +13,11 @@ from tests.distributed.parity import (
     LAYOUTS,
     ROWS,
     SEQ,
+    Run,
     errors_of_a_step,
+    make_args,
     make_batch,
+    make_job,
     make_runs,
     use_float64,
 )
@@ -101,6 +105,35 @@ def record(config, *overrides):
     trainer.train()
     trainer.close()
     return scalars
+
+
+def count_graphs(layout):
+    """Graphs after each of eight steps with other shares of the modalities."""
+    use_float64()
+    dims = LAYOUTS[layout].dims()
+    job = make_job(LAYOUTS[layout], "debugmodel_3modality")
+    job.compile.enable, job.compile.backend = True, "aot_eager"
+    args = make_args(job, "3 modalities")
+    args.n_layers = 4  # so that a pipeline stage has two layers
+    run = Run(LAYOUTS[layout], job, args, dims)
+    graphs = []
+    for seed in range(8):
+        batch, labels = make_batch(args, "mixed")
+        masks = torch.rand(*labels.shape, generator=torch.Generator().manual_seed(seed))
+        limits = torch.tensor([0, seed / 14, seed / 9])
+        which = (masks[..., None] >= limits).sum(-1) - 1
+        batch["modality_masks"] = which[:, None] == torch.arange(3)[:, None]
+        run.backward((batch, labels))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+@pytest.mark.parametrize(("layout", "kinds_of_layers"), [("TP2", 1), ("TP2xPP2", 2)])
+def test_blocks_are_compiled_a_few_times_whatever_the_mix(layout, kinds_of_layers):
+    # Layers next to another pipeline stage have code of their own. Each kind is compiled for one
+    # mix, for one with another size that changes, then for all.
+    for graphs in run_ranks(count_graphs, LAYOUTS[layout].world, layout, timeout=280):
+        assert graphs[-1] == graphs[-4] <= 3 * kinds_of_layers, graphs
 
 
 SHORT = (

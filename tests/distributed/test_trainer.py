@@ -67,15 +67,12 @@ SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 # Number of processes, sequences of a data-parallel rank, options.
 LAYOUTS = {
     "FSDP2": (2, 2, ()),
-    "TP2": (2, 4, (TP2,)),
     "TP2, without loss parallelism": (2, 4, (TP2, "--parallelism.disable_loss_parallel")),
     "TP2, compiled": (2, 4, (TP2, *COMPILED)),
-    "CP2": (2, 4, (CP2,)),
     "CP2, accumulation, full AC": (2, 2, (CP2, "--activation_checkpoint.mode=full")),
     "CP2, compiled, selective AC": (2, 4, (CP2, *COMPILED,
         "--activation_checkpoint.mode=selective",
         "--activation_checkpoint.selective_ac_option=op")),
-    "PP2": (2, 4, (PP2,)),
     "PP2, accumulation, full AC": (2, 2, (PP2, "--activation_checkpoint.mode=full")),
     "PP2, compiled": (2, 4, (PP2, *COMPILED)),
     "PP2, InterleavedZeroBubble, full AC": (2, 4, (PP2, f"{SCHEDULE}=InterleavedZeroBubble",
@@ -86,7 +83,7 @@ LAYOUTS = {
     "FSDP2xPP2, never resharded, CPU offload": (4, 2, (PP2, "--training.enable_cpu_offload",
         "--parallelism.fsdp_reshard_after_forward=never")),
     "FSDP2xPP2, accumulation": (4, 1, (PP2, f"{SCHEDULE}=GPipe")),
-    "FSDP2xTP2xPP2, compiled": (8, 2, (TP2, PP2, *COMPILED)),
+    "TP2xPP2, compiled": (4, 4, (TP2, PP2, *COMPILED)),
 }  # fmt: skip
 
 
@@ -128,14 +125,13 @@ def test_a_layout_reports_the_numbers_of_one_process(layout, one_process, tmp_pa
     world, local, options = LAYOUTS[layout]
     expected = one_process(*(o for o in options if o.startswith("--model.flavor")))
     found = record(tmp_path, world, local, *options)
-    # The largest loss of a rank is not that of one process where ranks have other sequences, and
-    # TorchTitan's is weighted where ours, of pipelines and context parallelism, is not.
-    skipped = "loss_metrics/global_max_loss"
     assert found.keys() == expected.keys()
     assert {(2, "grad_norm/image"), (2, "modality/image/loss"), (2, "n_tokens_seen"),
             (2, "unseen_concept")} <= set(found)  # fmt: skip
     for key, value in expected.items():
-        if key[1] != skipped:
+        if key[1] == "loss_metrics/global_max_loss" and "FSDP2" in layout:
+            assert found[key] > value  # the other rank's is below the average
+        else:
             assert found[key] == pytest.approx(value, rel=1e-3), key
 
 
@@ -144,8 +140,8 @@ BFLOAT16 = "--training.mixed_precision_param=bfloat16"
 
 @pytest.mark.parametrize(
     ("world", "local", "options"),
-    [(2, 2, ()), (4, 2, (TP2,)), (2, 4, (CP2,)), (4, 2, (PP2,)), (2, 4, (CP2, *COMPILED))],
-    ids=["FSDP2", "FSDP2xTP2", "CP2", "FSDP2xPP2", "CP2, compiled"],
+    [(4, 2, (TP2,)), (4, 2, (PP2,)), (2, 4, (CP2, *COMPILED))],
+    ids=["FSDP2xTP2", "FSDP2xPP2", "CP2, compiled"],
 )
 def test_mixed_precision_reports_nearly_the_same(world, local, options, one_process, tmp_path):
     expected = one_process()

@@ -57,6 +57,34 @@ def test_torchrun_trains_on_two_processes_and_writes_metrics(family, tmp_path):
     assert (tmp_path / "checkpoint" / "step-3" / ".metadata").is_file()
 
 
+def test_a_run_goes_on_with_other_ranks_and_workers(tmp_path):
+    """Processes of a launcher, because only those may have workers of their own."""
+    config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
+    common = (
+        "--config", config, *SMALL, "--training.seq_len=128", "--validation.no_enable",
+        "--metrics.no_enable_tensorboard", "--training.global_batch_size=4",
+        "--lr_scheduler.total_steps=4",
+    )  # fmt: skip
+
+    def losses(processes: int, workers: int, folder: str, steps: int) -> dict[str, float]:
+        output = run(
+            torchrun(
+                processes, *common, f"--training.steps={steps}",
+                f"--training.local_batch_size={4 // processes}",
+                f"--training.dataloader.num_workers={workers}",
+                f"--job.dump_folder={tmp_path / folder}",
+            ),
+            OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        found = re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", output)
+        return {step: float(loss) for step, loss in found}
+
+    whole = losses(1, 0, "whole", 4)
+    first, second = losses(2, 2, "parts", 2), losses(1, 3, "parts", 4)
+    assert list(first) == ["1", "2"] and list(second) == ["3", "4"]
+    assert first | second == pytest.approx(whole, abs=2e-4)
+
+
 def test_the_unmodified_trainer_of_the_host_trains_too(tmp_path):
     config = str(TRAIN_CONFIGS / "mot" / "debugmodel.toml")
     command = torchrun(

@@ -145,6 +145,29 @@ def test_a_new_run_needs_no_checkpoint_and_an_asked_for_one_must_exist(tmp_path)
         make_checkpoint(tmp_path)
 
 
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    whole, *_ = make_checkpoint(tmp_path, 3)
+    left, *_ = make_checkpoint(tmp_path, 6)
+    (left / ".metadata").unlink()
+    foreign = whole.with_name("step-9")
+    foreign.mkdir()
+    checkpoint_config.remove_incomplete(whole.parent)
+    assert {path.name for path in whole.parent.iterdir()} == {"step-3", "step-9"}
+
+
+def test_a_run_killed_in_its_first_save_starts_from_the_initial_checkpoint_again(tmp_path):
+    initial, *_ = make_checkpoint(tmp_path / "initial", 3)
+    left, *_ = make_checkpoint(tmp_path / "run", 1, "--model.flavor=debugmodel_dense")
+    (left / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"initial/checkpoint/step-3 is a checkpoint of mot/debug"):
+        check(
+            tmp_path / "run", f"--checkpoint.initial_load_path={initial}",
+            "--model.flavor=debugmodel_dense",
+        )  # fmt: skip
+    checkpoint_config.remove_incomplete(left.parent)
+    assert not left.parent.exists()
+
+
 def test_a_checkpoint_that_is_written_over_does_not_count_until_it_is_whole(tmp_path):
     make_checkpoint(tmp_path, 3)
     folder, job, args = make_checkpoint(tmp_path, 6)

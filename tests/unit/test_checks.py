@@ -86,6 +86,10 @@ def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
             r"data_parallel_replicate_degree = 0: must be 1 or more",
         ),
         (["--optimizer.name=SGDX"], r"optimizer\.name = 'SGDX': must be one of 'Adam', 'AdamW'"),
+        (
+            ["--checkpoint.keep_latest_k=1"],
+            r"checkpoint\.keep_latest_k = 1: must be 0 \(all\) or 2",
+        ),
         (["--checkpoint.load_step=7"], r"step-7 does not exist"),
         (["--training.global_batch_size=3"], r"global_batch_size = 3: must be -1 or a multiple"),
         (["--parallelism.data_parallel_shard_degree=2"], r"number\s+of processes, 1"),

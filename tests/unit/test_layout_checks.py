@@ -76,6 +76,14 @@ IMPOSSIBLE = [
     (2, [f"{PP}=2", "--parallelism.pipeline_parallel_microbatch_size=3", f"{BATCH}=4"],
      r"pipeline_parallel_microbatch_size = 3: must divide training\.local_batch_size = 4: 1, 2, 4"),
     (2, [f"{PP}=2", "--parallelism.pipeline_parallel_microbatch_size=0"], r"microbatch_size = 0"),
+    (2, [f"{PP}=2", "--parallelism.pipeline_parallel_layers_per_stage=0"],
+     r"layers_per_stage = 0: must be 1 or more"),
+    (2, [f"{PP}=2", "--parallelism.pipeline_parallel_first_stage_less_layers=-3"],
+     r"first_stage_less_layers = -3: must be 0 or more"),
+    (2, [f"{PP}=2", "--parallelism.pipeline_parallel_schedule_csv=/nope.csv"],
+     r"schedule_csv = '/nope.csv': no such file"),
+    (2, [f"{CP}=2", "--parallelism.context_parallel_load_balancer=foo"],
+     r"context_parallel_load_balancer = 'foo': must be 'headtail' or 'ptrr'"),
 ]  # fmt: skip
 
 
@@ -84,6 +92,36 @@ def test_an_impossible_layout_is_refused(world, overrides, message, tmp_path, mo
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(ValueError, match=message):
         check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides))
+
+
+ALL = ["tok_embeddings", *(f"layers.{i}" for i in range(6)), "norm", "output"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([ALL[:4], ALL[4:]], None),
+        ([], r"has 0 parts; .* a multiple of parallelism\.pipeline_parallel_degree = 2"),
+        ([ALL[:3], ALL[3:5], ALL[5:]], r"has 3 parts"),
+        (
+            [ALL[:4], [n for n in ALL[4:] if n != "layers.5"]],
+            r"norm stands where layers\.5 belongs",
+        ),
+        ([ALL[:5], ALL[4:]], r"layers\.3 stands where layers\.4 belongs"),
+        ([["tok_embedding", *ALL[1:4]], ALL[4:]], r"tok_embedding stands where tok_embeddings"),
+        ([ALL[:4], ALL[4:-1]], r"nothing stands where output belongs"),
+        ([ALL[:4], [*ALL[4:], "layers.6"]], r"layers\.6 stands where nothing belongs"),
+    ],
+)
+def test_stages_listed_by_hand_are_the_whole_model(parts, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = debug_job("mot", f"--job.dump_folder={tmp_path}", f"{PP}=2")
+    job.parallelism.module_fqns_per_model_part = parts
+    if message is None:
+        check_job(job)
+    else:
+        with pytest.raises(ValueError, match=r"module_fqns_per_model_part: " + message):
+            check_job(job)
 
 
 POSSIBLE = [
