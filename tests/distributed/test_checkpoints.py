@@ -36,10 +36,9 @@ LAYOUTS = {
     "DDP2": {"dp_replicate": 2},
 }
 MATRIX = [
-    ("FSDP4", "TP2xFSDP2"), ("FSDP4", "1 rank"), ("FSDP2", "1 rank"), ("1 rank", "FSDP2"),
-    ("1 rank", "FSDP4"), ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"),
-    ("PP2 interleaved", "PP2"), ("CP2", "TP2"), ("TP2xFSDP2", "HSDP2x2"),
-    ("PP2", "CP2"), ("CP2", "DDP2"),
+    ("FSDP4", "TP2xFSDP2"), ("TP2xFSDP2", "HSDP2x2"), ("FSDP2", "1 rank"), ("1 rank", "FSDP4"),
+    ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"), ("PP2", "CP2"), ("CP2", "TP2"),
+    ("CP2", "DDP2"),
 ]  # fmt: skip
 
 
