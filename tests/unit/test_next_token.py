@@ -94,23 +94,29 @@ def test_a_batch_is_split_into_what_the_model_and_the_loss_take():
     assert list(extra) == ["positions"]
 
 
-@pytest.mark.parametrize(
-    ("attn_type", "expected"), [("sdpa", {}), ("flex", {"attention_masks": 7})]
-)
-def test_masks_are_made_for_the_backends_that_take_them(attn_type, expected):
-    model = SimpleNamespace(
-        model_args=SimpleNamespace(attn_type=attn_type), get_attention_masks=lambda *arguments: 7
+def prepare(input_dict, *, cp=False, pp=False, model=None):
+    """`prepare_batch` under a layout; the ring stands for context parallelism."""
+    dims = SimpleNamespace(cp_enabled=cp, pp_enabled=pp, get_mesh=lambda name: None)
+    job = SimpleNamespace(
+        mixture=SimpleNamespace(context_parallel="ring"),
+        parallelism=SimpleNamespace(context_parallel_load_balancer=None),
     )
-    batch = {"input": torch.zeros(1, 3)}
-    assert prepare_batch(model, None, batch, torch.ones(1, 3))[3] == expected
+    return prepare_batch(model, None, input_dict, torch.ones(1, 3), dims, job)
+
+
+def test_all_stages_of_a_pipeline_get_what_belongs_to_the_tokens():
+    batch = {name: torch.zeros(1, 3) for name in ("input", "positions", "loss_weights")}
+    inputs, targets, extra_inputs, extra_kwargs = prepare(batch)
+    assert inputs is batch["input"] and targets.loss_weights is batch["loss_weights"]
+    assert list(extra_inputs) == ["positions"] and extra_kwargs == {}
+    *_, extra_inputs, extra_kwargs = prepare(batch, pp=True)
+    assert extra_inputs == {} and list(extra_kwargs) == ["positions"]
 
 
 def test_a_fault_in_the_making_of_a_mask_is_not_hidden():
-    def broken(*arguments):
+    def fail(*arguments):
         raise TypeError("fault")
 
-    model = SimpleNamespace(
-        model_args=SimpleNamespace(attn_type="flex"), get_attention_masks=broken
-    )
+    model = SimpleNamespace(model_args=SimpleNamespace(attn_type="flex"), get_attention_masks=fail)
     with pytest.raises(TypeError, match="fault"):
-        prepare_batch(model, None, {"input": torch.zeros(1, 3)}, torch.ones(1, 3))
+        prepare({"input": torch.zeros(1, 3)}, cp=True, model=model)
