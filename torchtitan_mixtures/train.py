@@ -51,8 +51,6 @@ def quiet_the_host() -> None:
     logger.addFilter(lambda record: "Parallel loss is not visible" not in record.getMessage())
     # float32 "mixed precision" on a CPU: it says that it does nothing, which is what is meant.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
-    # torchdata calls it whenever a loader is built.
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
 
 
 def is_ours(error: BaseException) -> bool:
