@@ -1,0 +1,204 @@
+"""Models out of checkpoints, for tools that use a model in one process: sample, evaluate.
+
+A checkpoint's tensors lie in TorchTitan's DCP format, whose index file is a pickle. It is read here
+by an unpickler that admits nothing but the index's own types, and tensors are read as weights only,
+so a checkpoint from elsewhere cannot run code. (Resuming a run does not go this way: TorchTitan
+reads its own files then.)
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as HostJobConfig
+from torchtitan.protocols import BaseModelArgs, ModelProtocol
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures.data.loader import build_multimodal_tokenizer, find_modalities
+from torchtitan_mixtures.data.packing import Modalities
+from torchtitan_mixtures.data.tokenizers import (
+    ImageTokenizer,
+    TextTokenizer,
+    build_image_tokenizer,
+)
+from torchtitan_mixtures.job_config import JobConfig, MixtureJobConfig
+from torchtitan_mixtures.models import FAMILIES
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A trained model over tokens, and what it takes to talk to it."""
+
+    path: Path
+    """Folder of the step."""
+
+    step: int
+    """Training step, -1 if the folder's name does not say."""
+
+    model: ModelProtocol
+    """In evaluation mode, float32."""
+
+    model_args: Any
+    job_config: MixtureJobConfig
+    """That of the run."""
+
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    modalities: Modalities
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """Find the newest complete checkpoint of what may be a run, its checkpoints, or one of them.
+
+    Args:
+        folder: A run's `job.dump_folder`, its checkpoint folder, or the folder of one step.
+
+    Raises:
+        ValueError: There is none; names the folder and what is in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; name a run's job.dump_folder or a checkpoint.")
+    if (folder / checkpoint_config.METADATA).is_file():
+        return folder
+    for candidate in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        latest = checkpoint_config.latest_checkpoint(candidate)
+        if latest is not None:
+            return latest
+    raise ValueError(
+        f"{folder} holds no complete checkpoint (a folder step-N with {checkpoint_config.METADATA} "
+        "in it); train with checkpoint.enable = true, or name another folder."
+    )
+
+
+def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoint:
+    """Build the model of a checkpoint and load its weights.
+
+    Args:
+        folder: See `find_checkpoint`.
+        device: Where the model is to be.
+
+    Raises:
+        ValueError: No checkpoint, no `config.json`, of another version, or files missing or broken.
+    """
+    path = find_checkpoint(folder)
+    saved = checkpoint_config.read(path)
+    job_config, model_args = _rebuild(path, saved)
+    text_tokenizer = build_multimodal_tokenizer(job_config)
+    modalities = find_modalities(job_config, text_tokenizer)
+    ranges = tuple((start, end) for start, end in saved["vocab_ranges"].values())
+    if modalities.vocab_ranges != ranges:
+        raise ValueError(
+            f"{path}: its vocabulary ranges are {saved['vocab_ranges']}, but the tokenizers of its "
+            f"[multimodal] section now give {modalities.vocab_ranges}; restore the tokenizer files."
+        )
+    with torch.device("meta"):
+        model = get_train_spec(saved["family"]).model_cls(model_args)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch.device(device))  # buffers are not in checkpoints
+    _load_weights(model, path)
+    step = path.name.removeprefix("step-")
+    return LoadedCheckpoint(
+        path=path,
+        step=int(step) if step.isdigit() else -1,
+        model=model.eval(),
+        model_args=model_args,
+        job_config=job_config,
+        text_tokenizer=text_tokenizer,
+        image_tokenizer=build_image_tokenizer(job_config.multimodal.image_tokenizer),
+        modalities=modalities,
+    )
+
+
+def _rebuild(path: Path, saved: dict[str, Any]) -> tuple[MixtureJobConfig, BaseModelArgs]:
+    """Turn the tables of `config.json` into the objects they were written from."""
+    family = saved.get("family")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{path / checkpoint_config.FILE_NAME}: family = {family!r} is none of this version's "
+            f"({', '.join(FAMILIES)})."
+        )
+    try:
+        merged = ConfigManager._merge_configs(HostJobConfig, JobConfig)
+        job_config = ConfigManager()._dict_to_dataclass(merged, saved["job_config"])
+        args_class = type(next(iter(get_train_spec(family).model_args.values())))
+        model_args = args_class(**saved["model_args"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / checkpoint_config.FILE_NAME} does not fit this version: {error}"
+        ) from None
+    return cast(MixtureJobConfig, job_config), model_args
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    state = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        with warnings.catch_warnings():
+            # One process is what is meant; DCP finds that worth a warning.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load_state(state, storage_reader=_WeightsReader(path), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        cause = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{path}: its weights cannot be read: {cause}") from error
+
+
+class _WeightsReader(FileSystemReader):
+    """DCP's reader, for tensors only, with a harmless way of reading the index."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the index; arguments as for DCP's reader, for which one process has no use."""
+        with open(self._get_metadata_path(), "rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{checkpoint_config.METADATA} is not a DCP index")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        return metadata
+
+
+_ADMITTED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Admits the types a DCP index consists of: records, sizes, dtypes, layouts and paths."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """Look up a type by name; refuse any that an index has no use for."""
+        is_dtype = module_name == "torch" and isinstance(
+            getattr(torch, global_name, None), torch.dtype
+        )
+        if is_dtype or global_name in _ADMITTED.get(module_name, ()):
+            return super().find_class(module_name, global_name)
+        raise pickle.UnpicklingError(
+            f"{checkpoint_config.METADATA} refers to {module_name}.{global_name}, which has no "
+            "place in it"
+        )
