@@ -7,32 +7,17 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
-import torchtitan_mixtures  # noqa: F401
-from tests.jobs import debug_job
-from torchtitan_mixtures import checkpoint_config
+from tests.checkpoints import save_tiny_mot
 from torchtitan_mixtures.checkpoint_loading import find_checkpoint, load_checkpoint
-from torchtitan_mixtures.models.mot.args import MoTModelArgs
-from torchtitan_mixtures.models.mot.model import MoTTransformer
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run's folder with a whole checkpoint, an older one and one cut off; the saved weights."""
     run = tmp_path_factory.mktemp("run")
-    args = MoTModelArgs(dim=32, n_layers=2, n_heads=2, vocab_size=2048, max_seq_len=256)
-    args.code_vocab_sizes = [1024]
-    torch.manual_seed(0)
-    model = MoTTransformer(args)
-    model.init_weights()
-    job = debug_job("mot")
-    for step in (3, 20):
-        folder = run / "checkpoint" / f"step-{step}"
-        checkpoint_config.write(folder, job, args)
-        state = {name: p.detach() for name, p in model.named_parameters()}
-        # As TorchTitan saves it: other things beside the weights, not tensors among them.
-        dcp.save({**state, "train_state": {"step": step}}, checkpoint_id=folder, no_dist=True)
+    save_tiny_mot(run, 3)
+    model = save_tiny_mot(run, 20)
     shutil.copytree(run / "checkpoint/step-20", run / "checkpoint/step-30")
     (run / "checkpoint/step-30/.metadata").unlink()
     return run, model

@@ -85,7 +85,7 @@ class DocumentEncoder:
             ValueError: The model has no such modality, or a code is outside its vocabulary.
         """
         blocks = [
-            (segment.modality, self._encode_segment(segment, document.key))
+            (segment.modality, self.encode_segment(segment, document.key))
             for segment in document.segments
         ]
         if sum(len(tokens) for _, tokens in blocks) <= self._capacity:
@@ -94,7 +94,16 @@ class DocumentEncoder:
             pieces = self._split(blocks, document.key)
         return [np.concatenate([self._bos, *piece, self._eos]) for piece in pieces]
 
-    def _encode_segment(self, segment: Segment, key: str) -> Tokens:
+    def encode_segment(self, segment: Segment, key: str) -> Tokens:
+        """Encode one segment with its sentinels.
+
+        Args:
+            segment: Text, an image, or codes of any modality.
+            key: Of its document, for the message.
+
+        Raises:
+            ValueError: See `encode`.
+        """
         payload = segment.payload
         if isinstance(payload, str):
             return np.array(self._text_tokenizer.encode(payload), np.int64)

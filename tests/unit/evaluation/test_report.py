@@ -1,0 +1,109 @@
+"""The evaluation of a whole checkpoint, and its command."""
+
+import importlib.util
+import json
+import math
+import re
+
+import pytest
+
+from tests.checkpoints import save_tiny_mot
+from tests.jobs import ROOT
+from torchtitan_mixtures.checkpoint_loading import load_checkpoint
+from torchtitan_mixtures.data.loader import (
+    build_multimodal_tokenizer,
+    build_multimodal_validation_dataloader,
+)
+from torchtitan_mixtures.evaluation.report import bits_per_token
+
+
+@pytest.fixture(scope="module")
+def command():
+    """`scripts/evaluate.py` as a module."""
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny_mot(folder)
+    return folder
+
+
+def test_bits_per_token_are_those_of_the_split(run):
+    checkpoint = load_checkpoint(run)
+    found = bits_per_token(checkpoint, "unseen_style", 3)
+    job = checkpoint.job_config
+    loader = build_multimodal_validation_dataloader(
+        1, 0, build_multimodal_tokenizer(job), job, "unseen_style"
+    )
+    bits = {"text": [], "image": []}
+    for batch, labels in loader:
+        log_probs = checkpoint.model(batch["input"]).double().log_softmax(-1) / math.log(2)
+        for row, column in (labels != -100).nonzero().tolist():
+            label = labels[row, column].item()
+            bits["text" if label < 2048 else "image"].append(-log_probs[row, column, label].item())
+    assert {name: row["targets"] for name, row in found.items()} == {
+        name: len(values) for name, values in bits.items()
+    }
+    for name, values in bits.items():
+        expected = sum(values) / len(values)
+        assert found[name]["bits_per_token"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_command_prints_tables_and_writes_json(run, tmp_path, command, capsys):
+    out = tmp_path / "report.json"
+    options = ["--splits", "unseen_concept", "--items=20", "--max-batches=2", "--device=cpu"]
+    code = command.main([f"--checkpoint={run}", f"--json={out}", *options])
+    printed = capsys.readouterr().out
+    assert code == 0
+    report = json.loads(out.read_text())
+    split = report["splits"]["unseen_concept"]
+    assert (report["step"], report["flavor"], split["items"]) == (20, "debugmodel", 20)
+    assert set(split["retrieval"]) == {"text>image", "image>text"}
+    rate = split["retrieval"]["text>image"]["20"]["information"]
+    assert rate["trials"] == 20 and rate["low_95"] <= rate["share"] <= rate["high_95"]
+    assert split["groups"]["trials"] == 20
+    bits = split["modalities"]["image"]["bits_per_token"]
+    assert f"| unseen_concept | image | {bits:.3f} |" in printed
+    assert f"| 20 | {rate['share']:.1%} (" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--splits", "tests"], "split 'tests' is unknown; the splits .* unseen_style"),
+        (["--checkpoint", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_said_in_one_line(run, command, capsys, arguments, message):
+    assert command.main([f"--checkpoint={run}", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--items=1"], "--items 1: must be at least 2"),
+        (["--max-batches=0"], "--max-batches 0"),
+        (["--json=/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+    ],
+)
+def test_bad_numbers_are_refused_before_anything_is_loaded(command, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        command.main(["--checkpoint=x", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_of_bidirectional_images_is_not_asked_to_predict_them(tmp_path, command):
+    save_tiny_mot(tmp_path, attn_type="sdpa_dense", bidirectional_images=True)
+    out = tmp_path / "report.json"
+    arguments = ["--splits", "unseen_style", "--items=4", "--max-batches=1", f"--json={out}"]
+    assert command.main([f"--checkpoint={tmp_path}", *arguments]) == 0
+    split = json.loads(out.read_text())["splits"]["unseen_style"]
+    assert set(split["retrieval"]) == {"image>text"}

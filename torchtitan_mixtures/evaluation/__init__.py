@@ -1,0 +1,1 @@
+"""What a trained model over tokens is worth: likelihoods, retrieval, classification."""
