@@ -1,4 +1,8 @@
-"""Prepares data sets: `python scripts/prepare_data.py emoji` rebuilds the embedded corpus."""
+"""Prepares and shows data sets.
+
+`python scripts/prepare_data.py emoji` rebuilds the embedded corpus; `python scripts/prepare_data.py
+show CONFIG.toml --out page.html` shows the sequences that a configuration trains on.
+"""
 
 import argparse
 import sys
@@ -31,12 +35,47 @@ def prepare_emoji(arguments: argparse.Namespace) -> None:
     print(f"{len(EmojiCorpus.load(out).concepts)} concepts in {out}")
 
 
+def add_show(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `show`."""
+    parser = subcommands.add_parser(
+        "show",
+        help="write an HTML page of packed sequences: pictures, text, masks, loss, statistics",
+        epilog="Any key of the configuration may follow, as in training: --training.seq_len 512",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", help="TOML of a training run (see train_configs/)")
+    parser.add_argument("--out", type=Path, required=True, help="page to write")
+    parser.add_argument(
+        "--sequences", type=int, default=8, help="sequences to show (default: %(default)s)"
+    )
+    parser.add_argument("--split", help="split to show (default: the one that is trained on)")
+    parser.set_defaults(run=show, takes_overrides=True)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Write the page."""
+    from torchtitan_mixtures.checks import check_data
+    from torchtitan_mixtures.data.show import write_page
+    from torchtitan_mixtures.train import parse_job, quiet_the_host
+
+    quiet_the_host()
+    job_config = parse_job(["--config", arguments.config, *arguments.overrides], check_data)
+    write_page(job_config, arguments.out, arguments.sequences, arguments.split)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
+
+
 def main() -> None:
     """Read the command line and run one subcommand."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(takes_overrides=False)
     subcommands = parser.add_subparsers(required=True)
     add_emoji(subcommands)
-    arguments = parser.parse_args()
+    add_show(subcommands)
+    arguments, arguments.overrides = parser.parse_known_args()
+    if arguments.overrides and not arguments.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
     try:
         arguments.run(arguments)
     except ValueError as error:

@@ -84,6 +84,23 @@ def check_job(job_config: MixtureJobConfig) -> None:
     """
     if getattr(job_config, CHECKED, False):
         return
+    model_args = check_data(job_config)
+    layout_checks.check_layout(job_config, model_args)
+    _check_compile(job_config)
+    check_converters(job_config, model_args)
+    checkpoint_config.check_resume(job_config, model_args)
+    setattr(job_config, CHECKED, True)
+
+
+def check_data(job_config: MixtureJobConfig) -> BaseModelArgs:
+    """Check what the batches of a job depend on, whatever the processes that will train it.
+
+    Returns:
+        The flavour's arguments, complete.
+
+    Raises:
+        ValueError: Names the key, its value and what is allowed.
+    """
     if not hasattr(job_config, "multimodal"):
         raise ValueError(
             f"job.custom_config_module = {job_config.job.custom_config_module!r}: must be "
@@ -93,11 +110,7 @@ def check_job(job_config: MixtureJobConfig) -> None:
     _check_counts(job_config)
     model_args = _model_args(job_config)
     _check_data(job_config, model_args)
-    layout_checks.check_layout(job_config, model_args)
-    _check_compile(job_config)
-    check_converters(job_config, model_args)
-    checkpoint_config.check_resume(job_config, model_args)
-    setattr(job_config, CHECKED, True)
+    return model_args
 
 
 def require_checked(job_config: JobConfig, what: str) -> None:

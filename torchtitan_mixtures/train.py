@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -25,8 +25,14 @@ from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.trainer import MixtureTrainer
 
 
-def parse_job(arguments: Sequence[str]) -> MixtureJobConfig:
+def parse_job(
+    arguments: Sequence[str], check: Callable[[MixtureJobConfig], object] = check_job
+) -> MixtureJobConfig:
     """Turn command-line arguments into a checked job configuration.
+
+    Args:
+        arguments: The command line after the program's name.
+        check: What the configuration must pass; tools that do not train need less than training.
 
     Raises:
         ValueError: Names the key or file, its value and what is allowed.
@@ -39,7 +45,7 @@ def parse_job(arguments: Sequence[str]) -> MixtureJobConfig:
     ]
     check_arguments(renamed)
     job_config = cast(MixtureJobConfig, ConfigManager().parse_args(renamed))
-    check_job(job_config)
+    check(job_config)
     return job_config
 
 

@@ -132,14 +132,16 @@ class ValidationBatches(IterableDataset):
         self._batch_size = batch_size
         self._max_batches = max_batches
         self._checked_ranges = checked_ranges
+        self.documents: Shard | None = None
+        """What the latest iteration in this process reads; its state counts bad samples."""
 
     def __iter__(self) -> Iterator[Batch]:
         """All pack the same; ranks share the sequences of a round, workers alternate in rounds."""
         worker = Share(0, 1)
         if info := get_worker_info():
             worker = Share(info.id, info.num_workers)
-        (documents,) = self._source.shards([0], 1)
-        sequences = self._make_packer().pack(iter(documents))
+        (self.documents,) = self._source.shards([0], 1)
+        sequences = self._make_packer().pack(iter(self.documents))
         for number in itertools.count():
             of_all_ranks = list(itertools.islice(sequences, self._rank.count * self._batch_size))
             if number == self._max_batches or not of_all_ranks:

@@ -32,8 +32,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return [7 + byte for byte in text.encode()]
 
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i - 7 for i in ids).decode()
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        names = {} if skip_special else {i: f"<{i}>".encode() for i in range(7)}
+        octets = (names.get(i, b"") if i < 7 else bytes([i - 7]) for i in ids)
+        return b"".join(octets).decode(errors="replace")
 
 
 class GreyTokenizer:
