@@ -164,11 +164,12 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
     neither; a flavour that differs in nothing else may go on, and that is logged.
 
     So is a job whose data-parallel ranks and data loader workers cannot share the checkpoint's
-    shards of the data. A `multimodal.shards` of 0 becomes the checkpoint's number.
+    shards of the data (a `multimodal.shards` of 0 becomes the checkpoint's number), and one whose
+    per-tower keys do not go with the checkpoint's optimizer state.
 
     Raises:
         ValueError: Names the checkpoint, both flavours and the first thing that differs; or the
-            keys that decide about the readers.
+            keys that decide about the readers, or a per-tower key.
     """
     if not job_config.checkpoint.enable:
         return
@@ -199,10 +200,44 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
                 "another model. Set model.flavor and [mixture] as they were, or another "
                 "job.dump_folder."
             )
-    if _has_token_data(model_args):
-        _check_data(job_config, path, saved)
+    if not _is_model_only(job_config, path):
+        if _has_token_data(model_args):
+            _check_data(job_config, path, saved)
+        _check_tower_keys(job_config, path, saved)
     if ours != theirs:
         logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")
+
+
+def _is_model_only(job_config: JobConfig, path: Path) -> bool:
+    """Say whether TorchTitan will take nothing but the weights from a checkpoint."""
+    config = job_config.checkpoint
+    in_own_folder = path.parent == Path(job_config.job.dump_folder) / config.folder
+    return path.name == "step-0" if in_own_folder else config.initial_load_model_only
+
+
+def _check_tower_keys(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:
+    """Refuse per-tower keys that the optimizer state of a checkpoint would override, or lacks.
+
+    TorchTitan loads learning rates, weight decay and the schedule with it. A tower may be frozen
+    that was not: its state in the checkpoint is left out.
+    """
+    theirs = saved["job_config"].get("mixture", {})
+    excluded = job_config.checkpoint.exclude_from_loading
+    remedy = "start the optimizer afresh, checkpoint.exclude_from_loading ="
+    if "optimizer" not in excluded or "lr_scheduler" not in excluded:
+        for key in ("tower_lr", "tower_weight_decay"):
+            value, before = getattr(job_config.mixture, key), theirs.get(key, {})
+            if value != before:
+                raise ValueError(
+                    f"mixture.{key} = {value}: it was {before} in {path}, whose optimizer state "
+                    f'keeps that. Set it as it was, or {remedy} ["optimizer", "lr_scheduler"].'
+                )
+    frozen, before = job_config.mixture.frozen_towers, theirs.get("frozen_towers", [])
+    if "optimizer" not in excluded and not set(before) <= set(frozen):
+        raise ValueError(
+            f"mixture.frozen_towers = {frozen}: it was {before} in {path}, which has no optimizer "
+            f'state of what was frozen. Set it as it was, or {remedy} ["optimizer"].'
+        )
 
 
 def _check_data(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:
@@ -210,10 +245,8 @@ def _check_data(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any])
 
     Sets `multimodal.shards` of the job to the checkpoint's number if it is 0 (automatic).
     """
-    config, layout = job_config.checkpoint, job_config.parallelism
-    in_own_folder = path.parent == Path(job_config.job.dump_folder) / config.folder
-    model_only = path.name == "step-0" if in_own_folder else config.initial_load_model_only
-    if model_only or "dataloader" in config.exclude_from_loading:
+    layout = job_config.parallelism
+    if "dataloader" in job_config.checkpoint.exclude_from_loading:
         return
     num_shards = saved.get("data_shards")
     if num_shards is None:

@@ -25,6 +25,7 @@ from torchtitan_mixtures.data import emoji, loader
 from torchtitan_mixtures.float8 import check_converters
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
+from torchtitan_mixtures.towers import check_towers, warn_of_empty_modalities
 
 CONFIG_MODULE = "torchtitan_mixtures.job_config"
 CHECKED = "_checked_by_torchtitan_mixtures"
@@ -86,6 +87,8 @@ def check_job(job_config: MixtureJobConfig) -> None:
         return
     model_args = check_data(job_config)
     layout_checks.check_layout(job_config, model_args)
+    check_towers(job_config, model_args)
+    warn_of_empty_modalities(job_config, model_args)
     _check_compile(job_config)
     check_converters(job_config, model_args)
     checkpoint_config.check_resume(job_config, model_args)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 
 def matches_type(value: Any, expected: Any) -> bool:
@@ -17,6 +17,8 @@ def matches_type(value: Any, expected: Any) -> bool:
     origin = typing.get_origin(expected)
     if expected is Any:
         return True
+    if origin is Annotated:
+        return matches_type(value, expected.__origin__)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in expected.__args__)
     if origin in (Union, types.UnionType):
@@ -25,7 +27,10 @@ def matches_type(value: Any, expected: Any) -> bool:
         item = expected.__args__[0] if expected.__args__ else Any
         return isinstance(value, (list, tuple)) and all(matches_type(v, item) for v in value)
     if origin is dict or expected is dict:
-        return isinstance(value, dict)
+        name, item = typing.get_args(expected) or (Any, Any)
+        return isinstance(value, dict) and all(
+            matches_type(k, name) and matches_type(v, item) for k, v in value.items()
+        )
     if expected is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if expected is int:
@@ -36,12 +41,16 @@ def matches_type(value: Any, expected: Any) -> bool:
 def describe_type(expected: Any) -> str:
     """Say in words what values a field's annotation admits."""
     origin = typing.get_origin(expected)
+    if origin is Annotated:
+        return describe_type(expected.__origin__)
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in expected.__args__)
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(choice) for choice in expected.__args__)
     if origin in (list, tuple) and expected.__args__:
         return f"a list of {describe_type(expected.__args__[0])}"
+    if origin is dict and len(expected.__args__) == 2:
+        return f"a table from names to {describe_type(expected.__args__[1])} each"
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
     return names.get(expected, getattr(expected, "__name__", str(expected)))
 

@@ -12,12 +12,35 @@ the command line) and so changes nothing. Checks across keys are in ``checks.py`
 
 # No `from __future__ import annotations` here: TorchTitan merges the real types of the fields.
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from torchtitan.config import JobConfig as HostJobConfig
+from tyro.constructors import PrimitiveConstructorSpec
 
 from torchtitan_mixtures.config_values import check_section
+
+
+def _parse_numbers(text: str) -> dict[str, float]:
+    """Read `name=number` pairs, joined by commas, from the command line."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    return {name.strip(): float(number) for name, _, number in pairs}
+
+
+# A TOML writes { text = 1e-4, image = 3e-3 }. By itself tyro would take this key on the command
+# line in another form when the TOML has the table than when it does not, and 0.5 not for a 1.
+Numbers = Annotated[
+    dict[str, float],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME=NUMBER,...",
+        instance_from_str=lambda words: _parse_numbers(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [",".join(f"{k}={v}" for k, v in value.items())],
+    ),
+]
+"""A table from names to numbers; on the command line `name=number,name=number`."""
 
 
 @dataclass
@@ -125,8 +148,27 @@ class Mixture:
     of the sequence for heads; any attention mask. `ring`: TorchTitan's, with its keys
     context_parallel_load_balancer and context_parallel_rotate_method; accelerators only."""
 
+    tower_lr: Numbers = field(default_factory=dict)
+    """Learning rate of towers by name, e.g. { text = 1e-4, image = 3e-3 }; `shared` means the
+    parameters that all towers share. What is not named has optimizer.lr. The schedule scales all
+    alike."""
+
+    tower_weight_decay: Numbers = field(default_factory=dict)
+    """Weight decay of towers by name, as `tower_lr`. What is not named has
+    optimizer.weight_decay."""
+
+    frozen_towers: list[str] = field(default_factory=list)
+    """Towers, or `shared`, whose parameters keep their initial or loaded values."""
+
     def __post_init__(self) -> None:
         check_section("mixture", self)
+        for key in ("tower_lr", "tower_weight_decay"):
+            for tower, value in getattr(self, key).items():
+                if not 0 <= value < math.inf:
+                    raise ValueError(
+                        f"mixture.{key} = {getattr(self, key)}: that of {tower!r} must be a finite "
+                        "number >= 0."
+                    )
         parts = self.untie.split("+") if self.untie not in ("", "none") else []
         if unknown := sorted(set(parts) - {"attention", "ffn", "norm"}):
             raise ValueError(

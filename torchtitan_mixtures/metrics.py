@@ -1,4 +1,4 @@
-"""What a run reports: losses per modality, gradient norms per tower, throughput.
+"""What a run reports: losses per modality, gradient norms and updates per tower, throughput.
 
 Extends TorchTitan's MetricsProcessor, which already writes to TensorBoard and Weights & Biases.
 Everything here happens only in steps that are logged, so the other steps never wait for it.
@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import OptimizersInBackwardContainer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.objectives.next_token import LossMeter
+from torchtitan_mixtures.optimizer import TowerOptimizers
+from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter
+from torchtitan_mixtures.towers import SHARED
 
 NATS_TO_BITS = 1 / math.log(2)
 
@@ -54,6 +59,35 @@ class MixtureMetricsProcessor(MetricsProcessor):
         self._tower_of_parameter = tower_of_parameter
         self._tower_names = tuple(tower_names)
         self._step_of_interval = 0
+        self._updates: UpdateMeter | None = None
+        self._rates: dict[str, float] = {}
+        self._idle = IdleTowers()
+
+    def measure_updates(self) -> None:
+        """Measure how far steps that are logged move the towers; once there are optimizers."""
+        assert self.optimizers is not None and self.model_parts is not None
+        if isinstance(self.optimizers, OptimizersInBackwardContainer):
+            return  # several steps, each of a part of the batch, make one of them
+        self._updates = UpdateMeter(
+            self.optimizers,
+            self.model_parts,
+            lambda name: self._tower_of_parameter(name) or SHARED,
+            [*self._tower_names, SHARED],
+            self.parallel_dims,
+        )
+
+    def start_step(self, step: int) -> None:
+        """Prepare for what can only be seen during a step, if it is to be logged.
+
+        Args:
+            step: The training step that is about to be taken.
+        """
+        if not self.should_log(step):
+            return
+        if self._updates is not None:
+            self._updates.start()
+        if isinstance(self.optimizers, TowerOptimizers):
+            self._rates = self.optimizers.learning_rates()
 
     def log(
         self,
@@ -83,6 +117,25 @@ class MixtureMetricsProcessor(MetricsProcessor):
         if dims.cp_enabled and "n_tokens_seen" in extra_metrics:
             # TorchTitan counts every sequence once for each rank that holds a part of it.
             extra_metrics["n_tokens_seen"] /= dims.cp
+        scalars: dict[str, Any] = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_max_loss": global_max_loss,
+            "grad_norm": grad_norm,
+        }
+        scalars |= self._speed(step)
+        losses = self._modality_losses()
+        norms = self._tower_norms(grad_norm)
+        scalars |= modality_scalars("modality", losses)
+        scalars |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
+        scalars |= self._tower_scalars()
+        scalars |= extra_metrics
+        self.logger.log(scalars, step)
+        self._print(step, scalars, losses, norms)
+        self._warn_of_idle_towers(norms)
+        self.restart_clock(step)
+
+    def _speed(self, step: int) -> dict[str, Any]:
+        """Throughput and memory since the clock was started."""
         now = time.perf_counter()
         seconds = now - self.time_last_log
         steps = max(1, step - self._step_of_interval)
@@ -93,9 +146,6 @@ class MixtureMetricsProcessor(MetricsProcessor):
         loading = sum(self.data_loading_times)
         memory = self.device_memory_monitor.get_peak_stats()
         scalars: dict[str, Any] = {
-            "loss_metrics/global_avg_loss": global_avg_loss,
-            "loss_metrics/global_max_loss": global_max_loss,
-            "grad_norm": grad_norm,
             "throughput(tps)": tokens_per_second,
             "tflops": flops / 1e12,
             "time_metrics/end_to_end(s)": seconds / steps,
@@ -108,14 +158,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         }
         if not math.isnan(self.gpu_peak_flops):
             scalars["mfu(%)"] = 100 * flops / self.gpu_peak_flops
-        losses = self._modality_losses()
-        norms = self._tower_norms(grad_norm)
-        scalars |= modality_scalars("modality", losses)
-        scalars |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
-        scalars |= extra_metrics
-        self.logger.log(scalars, step)
-        self._print(step, scalars, losses, norms)
-        self.restart_clock(step)
+        return scalars
 
     def log_validation(
         self,
@@ -194,11 +237,11 @@ class MixtureMetricsProcessor(MetricsProcessor):
         for part in self.model_parts or []:
             for name, parameter in part.named_parameters():
                 if parameter.grad is not None:
-                    tower = self._tower_of_parameter(name) or "shared"
+                    tower = self._tower_of_parameter(name) or SHARED
                     groups.setdefault(tower, []).append(parameter.grad)
         squares = {tower: _squared_norm(grads) for tower, grads in groups.items()}
         if self.parallel_dims.pp_enabled:  # not every stage has parameters of every group
-            names = [*self._tower_names, "shared"]
+            names = [*self._tower_names, SHARED]
             here = [float(name in squares) for name in names]
             sums = self._sum([*(squares.get(name, 0.0) for name in names), *here], "pp")
             stages = sums[len(names) :]
@@ -206,6 +249,24 @@ class MixtureMetricsProcessor(MetricsProcessor):
         total = math.sqrt(sum(squares.values()))
         scale = grad_norm / total if total > 0 and math.isfinite(grad_norm) else 1.0
         return {tower: math.sqrt(square) * scale for tower, square in sorted(squares.items())}
+
+    def _tower_scalars(self) -> dict[str, float]:
+        """Update-to-weight ratios, and the learning rates that are a tower's own."""
+        ratios = self._updates.finish() if self._updates is not None else {}
+        scalars = {f"update_ratio/{tower}": ratio for tower, ratio in ratios.items()}
+        return scalars | {f"lr/{tower}": rate for tower, rate in self._rates.items()}
+
+    def _warn_of_idle_towers(self, norms: dict[str, float]) -> None:
+        job_config = cast(MixtureJobConfig, self.job_config)
+        for tower in self._idle.update(norms):
+            decay = job_config.optimizer.weight_decay
+            decay = job_config.mixture.tower_weight_decay.get(tower, decay)
+            shrinks = f"; weight decay ({decay:g}) goes on shrinking its weights" if decay else ""
+            logger.warning(
+                f"The tower {tower!r} got no gradient in {self._idle.PATIENCE} logged steps "
+                f'running{shrinks}. Freeze it, mixture.frozen_towers = ["{tower}"], or train on '
+                "data with its modality."
+            )
 
     def _print(
         self,

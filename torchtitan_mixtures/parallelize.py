@@ -1,8 +1,8 @@
 """The one place where parallelism is applied to a model, in TorchTitan's order.
 
 A family declares where to cut (`Cuts`); the order and mechanics are here and the same for all:
-tensor parallelism, context parallelism, activation checkpointing, compilation of each block, then
-FSDP2, HSDP or DDP. Pipeline stages come here one by one.
+tensor parallelism, context parallelism, freezing of towers, activation checkpointing, compilation
+of each block, then FSDP2, HSDP or DDP. Pipeline stages come here one by one.
 
 Gradients are **sums** over data-parallel ranks everywhere, because the trainer divides the loss by
 the global number of supervised positions: FSDP's own division is switched off, and DDP's average
@@ -40,6 +40,7 @@ from torchtitan_mixtures.context_parallel import apply_context_parallel
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.layout_checks import check_tensor_parallel
 from torchtitan_mixtures.tensor_parallel import apply_tensor_parallel
+from torchtitan_mixtures.towers import apply_tower_keys, has_tower_keys
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def parallelize(
         apply_tp(model, parallel_dims, job_config, cuts)
     if parallel_dims.cp_enabled:
         apply_cp(model, parallel_dims, job_config, cuts)
+    apply_tower_keys(model, job_config)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_checkpointing(model, parallel_dims, job_config, cuts, compiled)
@@ -137,6 +139,9 @@ def _check_trainer(parallel_dims: ParallelDims, job_config: JobConfig) -> None:
     data = getattr(job_config, "multimodal", None)
     if data is not None and (data.text_weight not in (0, 1) or data.image_weight not in (0, 1)):
         require_checked(job_config, "a loss weight of a modality")
+    mixture = getattr(job_config, "mixture", None)
+    if mixture is not None and has_tower_keys(mixture):
+        require_checked(job_config, "a key per tower")
 
 
 def apply_tp(

@@ -39,6 +39,7 @@ class MixtureTrainer(Trainer):
         self.loss_meter = getattr(self.loss_fn, "meter", None)
         self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
         self.processor.loss_meter = self.loss_meter
+        self.processor.measure_updates()
         if self.checkpointer.enable:
             if torch.distributed.get_rank() == 0:
                 checkpoint_config.remove_incomplete(self.checkpointer.folder)
@@ -96,6 +97,7 @@ class MixtureTrainer(Trainer):
             self.has_stepped = True
         if self.loss_meter is not None:
             self.loss_meter.reset()
+        self.processor.start_step(self.step)
         super().train_step(data_iterator)
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):

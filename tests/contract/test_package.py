@@ -74,6 +74,18 @@ HOST_API = {
         "step",
         "folder",
     ],
+    "torchtitan.components.optimizer:build_optimizers": [
+        "model_parts",
+        "optimizer_config",
+        "parallel_dims",
+        "ft_manager",
+    ],
+    "torchtitan.components.optimizer:OptimizersContainer.__init__": [
+        "self",
+        "model_parts",
+        "optimizer_cls",
+        "optimizer_kwargs",
+    ],
     "torchtitan.components.metrics:MetricsProcessor.__init__": [
         "self",
         "job_config",

@@ -1,7 +1,6 @@
 """Mixture-of-Transformers (Liang et al. 2025, arXiv 2411.04996)."""
 
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec
 
 from torchtitan_mixtures.data.loader import (
@@ -14,6 +13,7 @@ from torchtitan_mixtures.models.mot.args import MoTModelArgs
 from torchtitan_mixtures.models.mot.model import MoTTransformer
 from torchtitan_mixtures.models.mot.parallelize import parallelize_mot
 from torchtitan_mixtures.objectives.next_token import build_next_token_loss
+from torchtitan_mixtures.optimizer import build_tower_optimizers
 from torchtitan_mixtures.pipeline import pipeline
 from torchtitan_mixtures.validate import build_validator
 
@@ -201,7 +201,7 @@ def get_train_spec() -> TrainSpec:
         model_args=mot_args,
         parallelize_fn=parallelize_mot,
         pipelining_fn=pipeline,
-        build_optimizers_fn=build_optimizers,
+        build_optimizers_fn=build_tower_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_multimodal_dataloader,
         build_tokenizer_fn=build_multimodal_tokenizer,
