@@ -112,11 +112,12 @@ def last_update(
     lr, (beta1, beta2) = group["lr"], group["betas"]
     step = _local(state["step"]).double()
     mean, square = _local(state["exp_avg"]).to(dtype), _local(state["exp_avg_sq"]).to(dtype)
+    # Mostly in place: new memory costs more than the arithmetic.
     root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    update = (mean / (1 - beta1**step)).mul_(lr).div_(root)
+    change = (mean * (-lr / (1 - beta1**step))).div_(root)
     decay = lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-    old = (new + update) / (1 - decay)
-    return -(update + decay * old), old
+    old = torch.sub(new, change, out=root).div_(1 - decay)
+    return change.sub_(old, alpha=decay), old
 
 
 def _local(tensor: Tensor) -> Tensor:
