@@ -1,7 +1,8 @@
 """Prepares and shows data sets.
 
-`python scripts/prepare_data.py emoji` rebuilds the embedded corpus; `python scripts/prepare_data.py
-show CONFIG.toml --out page.html` shows the sequences that a configuration trains on.
+`python scripts/prepare_data.py emoji` rebuilds the embedded corpus, `speech` its spoken names alone;
+`python scripts/prepare_data.py show CONFIG.toml --out page.html` shows the sequences that a
+configuration trains on.
 """
 
 import argparse
@@ -33,6 +34,29 @@ def prepare_emoji(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         build(out, arguments.work or Path(scratch))
     print(f"{len(EmojiCorpus.load(out).concepts)} concepts in {out}")
+
+
+def add_speech(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `speech`."""
+    parser = subcommands.add_parser(
+        "speech", help="speak the names of an emoji corpus again, with espeak-ng"
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="folder of the corpus (default: the one in the package)"
+    )
+    parser.set_defaults(run=prepare_speech)
+
+
+def prepare_speech(arguments: argparse.Namespace) -> None:
+    """Build the speech of a corpus and check the folder."""
+    from torchtitan_mixtures.data.corpora.build_speech import build_speech
+    from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER, EmojiCorpus, check_files
+
+    folder = arguments.corpus or EMBEDDED_FOLDER
+    corpus = EmojiCorpus.load(folder)
+    build_speech(folder, corpus)
+    check_files(folder)
+    print(f"{len(corpus.concepts)} spoken names in {folder}")
 
 
 def add_show(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -72,6 +96,7 @@ def main() -> None:
     parser.set_defaults(takes_overrides=False)
     subcommands = parser.add_subparsers(required=True)
     add_emoji(subcommands)
+    add_speech(subcommands)
     add_show(subcommands)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.overrides and not arguments.takes_overrides:

@@ -1,4 +1,4 @@
-"""The embedded emoji corpus: drawings in three styles, captions and composed scenes.
+"""The embedded emoji corpus: drawings in three styles, captions, scenes and spoken names.
 
 Reads only the files of `corpora/emoji/`, which `corpora/build_emoji.py` makes. No network, nothing
 but numpy and Pillow: a plain install trains on real data offline.
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from torchtitan_mixtures.data.captions import describe, is_countable, join_names, pluralize
+from torchtitan_mixtures.data.spoken import SPEECH_FILE, UNSEEN_VOICE, VOICES, SpokenNames
 
 STYLES = ("noto", "noto_v1", "fluent")
 SPLITS = ("train", "unseen_concept", "unseen_style")
+"""Splits of the drawings. `unseen_voice` is one more for models that hear: see `UNSEEN_VOICE`."""
+
 SIZES = (16, 32, 64)
 CELL_SIZE = 64
 """Height and width in pixels of a stored drawing; the other sizes are box averages of it."""
@@ -29,6 +32,7 @@ STYLE_WORDS = {"noto": "noto", "noto_v1": "blob", "fluent": "fluent"}
 
 EMBEDDED_FOLDER = Path(__file__).parent / "corpora" / "emoji"
 REBUILD_COMMAND = "python scripts/prepare_data.py emoji"
+SPEECH_COMMAND = "python scripts/prepare_data.py speech"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -108,10 +112,18 @@ class EmojiCorpus:
     Args:
         concepts: All concepts, in the fixed order that `drawings` follows.
         sheets: One `Sheet` per style. Cell `i` of one is the `i`-th concept that has its style.
+        spoken: The names of the concepts, in the same order; None before they are spoken.
     """
 
-    def __init__(self, concepts: Sequence[Concept], sheets: Mapping[str, Sheet]) -> None:
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        sheets: Mapping[str, Sheet],
+        spoken: SpokenNames | None = None,
+    ) -> None:
         self.concepts = tuple(concepts)
+        self._spoken = spoken
+        self._number = {concept.slug: number for number, concept in enumerate(concepts)}
         self.groups = tuple(dict.fromkeys(concept.group for concept in concepts))
         self._sheets = dict(sheets)
         self._cell: dict[Drawing, int] = {}
@@ -122,6 +134,7 @@ class EmojiCorpus:
             for drawing in having:
                 by_split[drawing.split].append(drawing)
         self._drawings = {split: tuple(drawings) for split, drawings in by_split.items()}
+        self._drawings[UNSEEN_VOICE] = self._drawings["train"]
 
     @staticmethod
     def load(folder: Path | None = None) -> "EmojiCorpus":
@@ -138,8 +151,32 @@ class EmojiCorpus:
     def drawings(self, split: str) -> tuple[Drawing, ...]:
         """All drawings of a split, by style and then by Unicode order."""
         if split not in self._drawings:
-            raise ValueError(f"split = {split!r} is unknown; allowed: {', '.join(SPLITS)}")
+            raise ValueError(f"split = {split!r} is unknown; allowed: {', '.join(self._drawings)}")
         return self._drawings[split]
+
+    @property
+    def longest_speech(self) -> int:
+        """Units of the longest spoken name; 0 if names are not spoken."""
+        return 0 if self._spoken is None else int(self._spoken.lengths.max())
+
+    def spoken(self, concept: Concept, voice: str) -> NDArray[np.int64]:
+        """The name of a concept as one voice speaks it.
+
+        Args:
+            concept: One of `concepts`.
+            voice: One of `VOICES`; which of them speak in a split is what `voices_of` says.
+
+        Returns:
+            `(units,)` int64, units of the speech tokenizer "emoji_25hz".
+
+        Raises:
+            ValueError: The corpus was built without speech, or there is no such voice.
+        """
+        if self._spoken is None:
+            raise ValueError(f"this corpus has no {SPEECH_FILE}; add it with `{SPEECH_COMMAND}`")
+        if voice not in VOICES:
+            raise ValueError(f"voice = {voice!r} is unknown; allowed: {', '.join(VOICES)}")
+        return self._spoken.find(self._number[concept.slug], VOICES.index(voice))
 
     def image(self, drawing: Drawing, size: int = 32) -> Images:
         """The `(size, size, 3)` uint8 picture of one drawing."""
@@ -311,7 +348,9 @@ def _load(folder: Path) -> EmojiCorpus:
         Concept(keywords=tuple(entry.pop("keywords")), styles=tuple(entry.pop("styles")), **entry)
         for entry in json.loads((folder / "concepts.json").read_text(encoding="utf-8"))["concepts"]
     )
-    return EmojiCorpus(concepts, {style: read_sheet(folder / f"{style}.png") for style in STYLES})
+    sheets = {style: read_sheet(folder / f"{style}.png") for style in STYLES}
+    speech = folder / SPEECH_FILE  # missing where it is not in the manifest either
+    return EmojiCorpus(concepts, sheets, SpokenNames.read(speech) if speech.is_file() else None)
 
 
 def read_sheet(path: Path) -> Sheet:

@@ -155,7 +155,7 @@ def build_image_tokenizer(name: str) -> ImageTokenizer:
     """
     path = IMAGE_TOKENIZERS.get(name, Path(name))
     if name in IMAGE_TOKENIZERS:
-        _check_embedded_files()
+        check_embedded_files()
     elif not path.is_file():
         raise ValueError(
             f"multimodal.image_tokenizer = {name!r} is unknown; use "
@@ -165,7 +165,7 @@ def build_image_tokenizer(name: str) -> ImageTokenizer:
 
 
 @functools.cache
-def _check_embedded_files() -> None:
+def check_embedded_files() -> None:
     """Compare the embedded files with their manifest, once per process."""
     check_files(EMBEDDED_FOLDER)
 
@@ -289,7 +289,7 @@ def build_text_tokenizer(name: str) -> TextTokenizer:
     """
     path = TEXT_TOKENIZERS.get(name, Path(name))
     if name in TEXT_TOKENIZERS:
-        _check_embedded_files()
+        check_embedded_files()
     elif not path.exists():
         raise ValueError(
             f"multimodal.text_tokenizer = {name!r} is unknown; use {' or '.join(TEXT_TOKENIZERS)}, "
