@@ -21,7 +21,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config, device, layout_checks
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
-from torchtitan_mixtures.data import emoji, loader
+from torchtitan_mixtures.data import emoji_source, loader
 from torchtitan_mixtures.float8 import check_converters
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
@@ -203,15 +203,13 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
         splits["validation_splits"] = data.validation_splits
     for key, names in splits.items():
         for name in names:
-            if data.source == "emoji" and name not in emoji.SPLITS:
-                raise ValueError(
-                    f"multimodal.{key} = {name!r}: the splits of the embedded corpus are "
-                    f"{', '.join(emoji.SPLITS)}."
-                )
+            if data.source == "emoji":
+                emoji_source.check_emoji(data, key, name, model_args.modality_names)
     loader.check_settings(job_config)
-    if data.text_weight == 0 and data.image_weight == 0:
+    weights = [f"{name}_weight" for name in model_args.modality_names]
+    if all(getattr(data, key, 1.0) == 0 for key in weights):
         raise ValueError(
-            "multimodal.text_weight = 0 and multimodal.image_weight = 0: nothing would be "
+            f"{' and '.join(f'multimodal.{key} = 0' for key in weights)}: nothing would be "
             "supervised; raise one of them."
         )
     if getattr(model_args, "bidirectional_images", False) and data.image_weight > 0:

@@ -63,7 +63,8 @@ class Multimodal:
     """Split to train on."""
 
     validation_splits: list[str] = field(default_factory=lambda: ["unseen_concept", "unseen_style"])
-    """Splits to validate on, each reported under its own name."""
+    """Splits to validate on, each reported under its own name. Models with speech can have
+    `unseen_voice` of the embedded corpus too."""
 
     streaming: bool = False
     """For `datasets`: read without downloading first. Shuffles in a buffer, not globally."""
@@ -78,16 +79,22 @@ class Multimodal:
     """Share of undecodable samples above which the run stops. All are counted and logged."""
 
     scene_fraction: float = 0.25
-    """For `emoji`: share of pictures that are composed scenes of two to four drawings."""
+    """For `emoji`: share of groups that are a composed scene of two to four drawings and its
+    caption."""
 
     max_pairs: int = 3
-    """For `emoji`: the most pairs of a caption and an image in one document; fewer are likelier."""
+    """For `emoji`: the most pairs of a caption and an image in one document; fewer are likelier.
+    For a model with speech, a pair is a group of two or all three modalities of one concept."""
 
     text_tokenizer: str = "emoji"
     """`emoji`: the embedded vocabulary of 2,048. Else a folder with a `tokenizer.json`."""
 
     image_tokenizer: str = "emoji_32px"
     """`emoji_32px` (64 codes an image), `emoji_64px` (256 codes), or a codebook file."""
+
+    speech_tokenizer: str = "emoji_25hz"
+    """`emoji_25hz` (25 units of 512 codes a second), the only one the embedded corpus has units of,
+    or a codebook file. Read if the model has speech."""
 
     shards: int = 0
     """Streams into which the training data is dealt; data-parallel ranks times
@@ -103,6 +110,9 @@ class Multimodal:
 
     image_weight: float = 1.0
     """Loss weight of image targets. 0 = not supervised."""
+
+    speech_weight: float = 1.0
+    """Loss weight of speech targets. 0 = not supervised."""
 
     seed: int = 0
     """Seed of the order of documents and of what is drawn inside them."""
@@ -120,7 +130,7 @@ class Multimodal:
             raise ValueError(f"multimodal.max_pairs = {self.max_pairs}: must be at least 1.")
         if self.shards < 0:
             raise ValueError(f"multimodal.shards = {self.shards}: must be 0 (automatic) or more.")
-        for key in ("text_weight", "image_weight"):
+        for key in ("text_weight", "image_weight", "speech_weight"):
             value = getattr(self, key)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"multimodal.{key} = {value}: must be a finite number >= 0.")

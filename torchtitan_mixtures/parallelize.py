@@ -137,7 +137,8 @@ def _check_trainer(parallel_dims: ParallelDims, job_config: JobConfig) -> None:
     if parallel_dims.cp_enabled:
         require_checked(job_config, "context parallelism")
     data = getattr(job_config, "multimodal", None)
-    if data is not None and (data.text_weight not in (0, 1) or data.image_weight not in (0, 1)):
+    weights = () if data is None else (data.text_weight, data.image_weight, data.speech_weight)
+    if any(weight not in (0, 1) for weight in weights):
         require_checked(job_config, "a loss weight of a modality")
     mixture = getattr(job_config, "mixture", None)
     if mixture is not None and has_tower_keys(mixture):

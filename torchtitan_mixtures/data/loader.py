@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
 
+from torchtitan_mixtures.data.emoji_source import check_speech_fits
 from torchtitan_mixtures.data.packing import BatchBuilder, DocumentEncoder, Modalities, Packer
 from torchtitan_mixtures.data.sequences import (
     Batch,
@@ -148,8 +149,10 @@ def build_multimodal_dataloader(
     sequences = TrainingSequences(
         parts.source, parts.make_packer, Share(dp_rank, dp_world_size), num_shards
     )
+    speech = {"multimodal.speech_tokenizer": config.speech_tokenizer}
     fingerprint = {
         **parts.source.fingerprint(),
+        **(speech if "speech" in parts.modalities.names else {}),
         "training.seq_len": settings.seq_len,
         "multimodal.shards": num_shards,
         "multimodal.text_tokenizer": config.text_tokenizer,
@@ -225,7 +228,7 @@ def check_settings(job_config: JobConfig) -> None:
 
     Raises:
         ValueError: A tokenizer is missing, broken or does not fit the model, an embedded file is
-            missing or corrupt, or an image does not fit into a sequence.
+            missing or corrupt, or an image or a spoken name does not fit into a sequence.
     """
     config = _multimodal(job_config)
     tokenizer = build_multimodal_tokenizer(job_config)
@@ -236,6 +239,8 @@ def check_settings(job_config: JobConfig) -> None:
         lengths["validation.seq_len"] = job_config.validation.seq_len
     for key, seq_len in lengths.items():
         DocumentEncoder(tokenizer, image_tokenizer, modalities, seq_len, key)
+    if config.source == "emoji" and "speech" in modalities.names:
+        check_speech_fits(lengths)
 
 
 def _multimodal(job_config: JobConfig) -> Multimodal:
@@ -260,7 +265,9 @@ class _LoaderParts:
             tokenizer, image_tokenizer, self.modalities, seq_len, f"{section}.seq_len"
         )
         self.make_packer = partial(Packer, encoder, seq_len)
-        self.source = build_source(config, split, image_tokenizer, section == "training")
+        self.source = build_source(
+            config, split, image_tokenizer, section == "training", self.modalities.names
+        )
         self.builder = BatchBuilder(
             self.modalities,
             # A modality without a key of its own, for lack of data, counts in full.

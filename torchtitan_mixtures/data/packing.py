@@ -246,9 +246,10 @@ class BatchBuilder:
         resets_positions: bool,
     ) -> None:
         if not any(weights):
+            keys = ", ".join(f"multimodal.{name}_weight" for name in modalities.names)
             raise ValueError(
-                "multimodal.text_weight and multimodal.image_weight are all 0: nothing would be "
-                "supervised. Give at least one a positive weight."
+                f"{keys} are all 0: nothing would be supervised. Give at least one a positive "
+                "weight."
             )
         sizes = [end - start for start, end in modalities.vocab_ranges]
         self._modality_of_token = np.repeat(np.arange(len(sizes), dtype=np.int8), sizes)

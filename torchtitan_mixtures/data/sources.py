@@ -183,7 +183,11 @@ def caption_and_image(rng: random.Random, caption: str, image: NDArray[Any]) -> 
 
 
 def build_source(
-    config: Multimodal, split: str, image_tokenizer: ImageTokenizer, is_endless: bool
+    config: Multimodal,
+    split: str,
+    image_tokenizer: ImageTokenizer,
+    is_endless: bool,
+    modality_names: Sequence[str] = ("text", "image"),
 ) -> Source:
     """Build the source that `multimodal.source` names.
 
@@ -192,6 +196,7 @@ def build_source(
         split: Which split to read.
         image_tokenizer: Tokenizer of the run; says how large images are.
         is_endless: True to train, False for one pass of validation.
+        modality_names: The model's modalities. Only `emoji` has documents of other ones.
 
     Raises:
         ValueError: The split is unknown (names the known ones), a column is missing, and so on.
@@ -199,7 +204,7 @@ def build_source(
     if config.source == "emoji":
         from torchtitan_mixtures.data.emoji_source import EmojiSource
 
-        return EmojiSource(config, split, image_tokenizer, is_endless)
+        return EmojiSource(config, split, image_tokenizer, is_endless, modality_names)
 
     # Imported late: `datasets` takes a second, which runs on the embedded corpus need not pay.
     from torchtitan_mixtures.data.datasets_source import build_datasets_source

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
+from torchtitan_mixtures.data.speech import build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
 from torchtitan_mixtures.job_config import Multimodal
 
@@ -55,5 +56,8 @@ def code_vocab_sizes(modality_names: Sequence[str], config: Multimodal) -> list[
         One number per modality after the first. A modality without a tokenizer has 0 codes: its
         tower is built and stays idle.
     """
-    sizes = {"image": lambda: build_image_tokenizer(config.image_tokenizer).num_codes}
+    sizes = {
+        "image": lambda: build_image_tokenizer(config.image_tokenizer).num_codes,
+        "speech": lambda: build_speech_tokenizer(config.speech_tokenizer).num_codes,
+    }
     return [sizes[name]() if name in sizes else 0 for name in modality_names[1:]]
