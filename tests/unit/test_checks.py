@@ -21,6 +21,7 @@ from torchtitan_mixtures.checks import (
 from torchtitan_mixtures.job_config import Mixture, Multimodal
 from torchtitan_mixtures.train import user_error
 
+CODEBOOK = ROOT / "torchtitan_mixtures/data/corpora/emoji/codebook_speech.safetensors"
 DEBUG = (TRAIN_CONFIGS / "mot" / "debugmodel.toml").read_text()
 
 
@@ -69,6 +70,29 @@ def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
         (["--multimodal.image_tokenizer=vq"], r"emoji_32px.*emoji_64px"),
         (["--multimodal.text_weight=0", "--multimodal.image_weight=0"], r"nothing would be"),
         (["--multimodal.validation_splits=val"], r"validation_splits = 'val': .*unseen_concept"),
+        (
+            ["--multimodal.validation_splits=unseen_voice"],
+            r"'unseen_voice': .* has text, image\. Leave the split out, or choose a model\.flavor",
+        ),
+        (
+            ["--model.flavor=debugmodel_3modality", "--multimodal.speech_tokenizer=vq"],
+            r"speech_tokenizer = 'vq' is unknown; use emoji_25hz",
+        ),
+        (
+            ["--model.flavor=debugmodel_3modality", f"--multimodal.speech_tokenizer={CODEBOOK}"],
+            r"speech_tokenizer = .*holds units of \"emoji_25hz\" and no sound",
+        ),
+        (
+            ["--model.flavor=debugmodel_3modality", "--validation.seq_len=80"],
+            r"validation\.seq_len = 80 is too short: the longest spoken name .* to 8\d or more",
+        ),
+        (
+            [
+                "--model.flavor=debugmodel_3modality",
+                *(f"--multimodal.{name}_weight=0" for name in ("text", "image", "speech")),
+            ],
+            r"image_weight = 0 and multimodal\.speech_weight = 0: nothing would be",
+        ),
         (["--multimodal.train_split=all"], r"multimodal\.train_split = 'all': .*are train, unseen"),
         (
             ["--training.seq_len=60"],
@@ -106,10 +130,18 @@ def test_values_of_our_sections_are_checked_on_their_own():
         Multimodal(scene_fraction=2.0)
     with pytest.raises(ValueError, match=r"multimodal\.image_weight = -1\.0: must be a finite"):
         Multimodal(image_weight=-1.0)
+    with pytest.raises(ValueError, match=r"multimodal\.speech_weight = inf: must be a finite"):
+        Multimodal(speech_weight=float("inf"))
     with pytest.raises(ValueError, match=r"multimodal\.seed = 'x': must be an integer"):
         Multimodal(seed="x")
     with pytest.raises(ValueError, match=r'mixture\.untie = "ffn\+heads": \'heads\' is not one of'):
         Mixture(untie="ffn+heads")
+
+
+def test_a_model_with_speech_may_validate_on_the_unseen_voice(tmp_path):
+    overrides = ("--model.flavor=debugmodel_3modality", "--multimodal.text_weight=0")
+    splits = "--multimodal.validation_splits=unseen_voice"
+    check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides, splits))
 
 
 def test_a_compiler_is_asked_for_before_compiling(tmp_path, monkeypatch):
