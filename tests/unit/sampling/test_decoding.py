@@ -1,0 +1,102 @@
+"""The choice of a token, against lists and loops."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.unit.sampling.helpers import naive_choice
+from torchtitan_mixtures.sampling.decoding import choose_tokens, draw_uniforms, guide
+from torchtitan_mixtures.sampling.settings import SamplingSettings
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    list(itertools.product([0.0, 0.3, 1.0, 4.0], [0, 1, 3, 50], [1.0, 0.7, 0.05])),
+)
+def test_choices_equal_those_of_lists_and_loops(temperature, top_k, top_p):
+    settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(60, 20, generator=generator, dtype=torch.float64)
+    logits[:20] = logits[:20].round()  # ties
+    allowed = torch.rand(60, 20, generator=generator) < 0.6
+    allowed[:, 7] = True
+    uniforms = torch.rand(60, generator=generator, dtype=torch.float64)
+    found = choose_tokens(logits, allowed, uniforms, settings).tolist()
+    for row in range(60):
+        tokens = allowed[row].nonzero().flatten().tolist()
+        expected = naive_choice(logits[row].tolist(), tokens, uniforms[row].item(), settings)
+        assert found[row] == expected
+
+
+def test_frequencies_are_the_probabilities():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    draws = 20_000
+    uniforms = draw_uniforms(0, [0], draws)[0]
+    tokens = choose_tokens(
+        logits.expand(draws, -1), torch.ones(draws, 4, dtype=torch.bool), uniforms,
+        SamplingSettings(),
+    )  # fmt: skip
+    frequencies = tokens.bincount(minlength=4) / draws
+    torch.testing.assert_close(frequencies, logits.exp(), rtol=0, atol=0.012)
+
+
+@pytest.mark.parametrize("value", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_choose_a_token_that_may_be_chosen(value):
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(3))
+    allowed = torch.zeros(50, 9, dtype=torch.bool)
+    allowed[:, 2:5] = True
+    tokens = choose_tokens(
+        logits, allowed, torch.full((50,), value, dtype=torch.float64), SamplingSettings(top_p=0.9)
+    )
+    assert set(tokens.tolist()) <= {2, 3, 4}
+
+
+def test_a_model_that_has_diverged_still_gives_tokens():
+    logits = torch.full((2, 5), float("nan"))
+    for temperature in (0.0, 1.0):
+        settings = SamplingSettings(temperature=temperature)
+        allowed = torch.ones(2, 5, dtype=torch.bool)
+        tokens = choose_tokens(logits, allowed, torch.rand(2).double(), settings)
+        assert ((tokens >= 0) & (tokens < 5)).all()
+
+
+def test_guidance_goes_on_in_the_direction_from_unconditional_to_conditional():
+    conditional, unconditional = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1.0]])
+    assert torch.equal(guide(conditional, unconditional, 1), conditional)
+    assert torch.equal(guide(conditional, unconditional, 0), unconditional)
+    assert torch.equal(guide(conditional, unconditional, 3), torch.tensor([[2.0, -8.0]]))
+
+
+def test_numbers_depend_on_the_seed_and_the_sample_only():
+    together = draw_uniforms(5, [3, 0, 7], 20)
+    assert torch.equal(together[1], draw_uniforms(5, [0], 20)[0])
+    assert torch.equal(together[2], draw_uniforms(5, [7], 20)[0])
+    assert len({row[0].item() for row in [*together, *draw_uniforms(6, [3, 0, 7], 20)]}) == 6
+    assert ((together >= 0) & (together < 1)).all()
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    draw_uniforms(0, [1], 4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("guidance", -1.0),
+        ("guidance", float("inf")),
+        ("seed", -1),
+        ("max_text_tokens", 0),
+        ("max_speech_seconds", 0.0),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(key, value):
+    with pytest.raises(ValueError, match=f"^{key} = {value}: must be"):
+        SamplingSettings(**{key: value})

@@ -1,0 +1,74 @@
+"""From logits to tokens: temperature, top-k, top-p, guidance, and numbers to draw with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchtitan_mixtures.sampling.settings import SamplingSettings
+
+
+def choose_tokens(
+    logits: Tensor, allowed: Tensor, uniforms: Tensor, settings: SamplingSettings
+) -> Tensor:
+    """Choose one token per row.
+
+    The temperature applies first, then top-k, then top-p to what top-k leaves.
+
+    Args:
+        logits: `(rows, vocab)`.
+        allowed: Tokens that may be chosen, at least one a row, `(rows, vocab)` bool.
+        uniforms: What the choice is made with, `(rows,)` float64 in [0, 1).
+        settings: Temperature, top-k and top-p.
+
+    Returns:
+        `(rows,)` int64.
+    """
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
+    probabilities = (ordered / settings.temperature).softmax(-1)
+    if settings.top_k:
+        probabilities[:, settings.top_k :] = 0
+    if settings.top_p < 1:
+        likelier = probabilities.cumsum(-1) - probabilities  # mass in front of each token
+        probabilities[likelier >= settings.top_p * probabilities.sum(-1, keepdim=True)] = 0
+    mass = probabilities.cumsum(-1)
+    index = torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)
+    # Rounding may put the number drawn on the end of all mass; a model that has diverged has none.
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return tokens.gather(-1, index.minimum(last).clamp(min=0))[:, 0]
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), of logits.
+
+    Args:
+        conditional: Logits given the prompt, `(rows, vocab)`.
+        unconditional: Logits without it, `(rows, vocab)`.
+        scale: 1 gives the former, 0 the latter, more exaggerates the difference.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
+def draw_uniforms(seed: int, numbers: Sequence[int], steps: int) -> Tensor:
+    """Draw all that samples are chosen with, each from a generator of its own.
+
+    Args:
+        seed: Seed of all samples.
+        numbers: Number of each sample: it and the seed decide, not what else is in the batch.
+        steps: Tokens to choose.
+
+    Returns:
+        `(samples, steps)` float64 in [0, 1), on the CPU.
+    """
+    rows = []
+    for number in numbers:
+        own_seed = random.Random(f"{seed}/{number}").getrandbits(63)
+        generator = torch.Generator().manual_seed(own_seed)
+        rows.append(torch.rand(steps, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)

@@ -1,0 +1,68 @@
+"""How samples are drawn; the numbers that a command line and a TOML have in common."""
+
+# Imported by job_config.py: nothing here may import the rest of the package.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are chosen, and how many at most."""
+
+    temperature: float = 1.0
+    """Divides the logits. 0 = always the likeliest token."""
+
+    top_k: int = 0
+    """Choose among this many likeliest tokens. 0 = all."""
+
+    top_p: float = 1.0
+    """Choose among the fewest likeliest tokens that have this probability together."""
+
+    guidance: float = 1.0
+    """Classifier-free guidance of images: logits are those without what precedes the image, plus
+    this many times the difference that it makes. 1 = none; 0 = as if nothing preceded."""
+
+    seed: int = 0
+    """With the number of a sample, decides everything that is drawn for it."""
+
+    max_text_tokens: int = 64
+    """Longest text."""
+
+    max_speech_seconds: float = 4.0
+    """Longest speech."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "")
+
+    @classmethod
+    def of(cls, values: Any) -> SamplingSettings:
+        """Take the settings out of an object that has attributes of the same names."""
+        return cls(**{field.name: getattr(values, field.name) for field in fields(cls)})
+
+
+def check_values(values: Any, prefix: str) -> None:
+    """Check the values of settings, or of a section with the same names.
+
+    Args:
+        values: Has the attributes of `SamplingSettings`.
+        prefix: Goes before the names in messages.
+
+    Raises:
+        ValueError: Names the key, its value and what is allowed.
+    """
+    rules = {
+        "temperature": (0 <= values.temperature < math.inf, "a finite number >= 0 (0 = greedy)"),
+        "top_k": (values.top_k >= 0, "0 (all) or more"),
+        "top_p": (0 < values.top_p <= 1, "above 0 and at most 1 (all)"),
+        "guidance": (0 <= values.guidance < math.inf, "a finite number >= 0 (1 = none)"),
+        "seed": (values.seed >= 0, "0 or more"),
+        "max_text_tokens": (values.max_text_tokens >= 1, "1 or more"),
+        "max_speech_seconds": (0 < values.max_speech_seconds < math.inf, "a finite number > 0"),
+    }
+    for key, (holds, allowed) in rules.items():
+        if not holds:
+            raise ValueError(f"{prefix}{key} = {getattr(values, key)}: must be {allowed}.")
