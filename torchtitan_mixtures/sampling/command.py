@@ -1,0 +1,236 @@
+"""What `scripts/sample.py` does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+# First: it points TorchTitan at the CPU if need be, and registers the families.
+import torchtitan_mixtures  # noqa: F401  # isort: skip
+
+import torch
+
+from torchtitan_mixtures.checkpoint_loading import LoadedCheckpoint, load_checkpoint
+from torchtitan_mixtures.data.audio import read_wav
+from torchtitan_mixtures.data.images import decode_image
+from torchtitan_mixtures.data.sources import Segment
+from torchtitan_mixtures.device import has_accelerator
+from torchtitan_mixtures.sampling.codecs import Codecs, build_codecs
+from torchtitan_mixtures.sampling.generate import Prompt, Sample, generate
+from torchtitan_mixtures.sampling.results import Result, write_results
+from torchtitan_mixtures.sampling.settings import SamplingSettings
+from torchtitan_mixtures.train import user_error
+
+DEFAULT_OUT = Path("outputs/samples")
+MODALITIES = ("text", "image", "speech")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, what it is called in the results, and what is to follow it."""
+
+    label: str
+    prompt: Prompt
+    into: tuple[str, ...]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Sample as the command line says.
+
+    What is wrong with it, or with a file it names, is printed as one line, with exit code 2.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        run(options)
+    except Exception as error:  # of any kind, to tell the user's from ours; those are raised again
+        message = user_error(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the checkpoint, generate, write and print.
+
+    Raises:
+        ValueError: Names the option or file, what is wrong and what would be right.
+    """
+    settings = SamplingSettings.of(options)
+    for name in ("num_samples", "batch_size"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(options, name)}: must be at least 1.")
+    folder = _choose_folder(options.out)
+    texts = read_prompts(options)
+    device = torch.device("cpu")
+    if has_accelerator():
+        device = torch.accelerator.current_accelerator() or device
+    loaded = load_checkpoint(options.checkpoint, device)
+    codecs = build_codecs(loaded.job_config)
+    requests = build_requests(options, texts, codecs)
+    start = time.perf_counter()
+    results = _generate_all(requests, loaded, codecs, settings, options)
+    seconds = time.perf_counter() - start
+    facts = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "settings": asdict(settings),
+    }
+    write_results(folder, results, codecs, facts)
+    for result in results:
+        for sample in result.samples:
+            for segment in sample.segments:
+                if isinstance(segment.payload, str):
+                    print(f"{result.prompt!r} -> {segment.payload!r}")
+    count = sum(len(result.samples) for result in results)
+    print(f"{count} samples in {seconds:.1f} s: {folder}")
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Text prompts: those of the command line, then the lines of `--prompt-file`.
+
+    Raises:
+        ValueError: The file cannot be read, or there is no prompt of any modality.
+    """
+    texts = list(options.prompt)
+    if options.prompt_file is not None:
+        try:
+            lines = options.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(
+                f"--prompt-file {options.prompt_file}: cannot be read as text ({reason})."
+            ) from error
+        texts += [line.strip() for line in lines if line.strip()]
+    if not (texts or options.image or options.speech):
+        raise ValueError(
+            "nothing to continue: pass --prompt TEXT, --prompt-file, --image or --speech."
+        )
+    return texts
+
+
+def build_requests(
+    options: argparse.Namespace, texts: Sequence[str], codecs: Codecs
+) -> list[Request]:
+    """Turn prompts of all modalities into segments.
+
+    Raises:
+        ValueError: A file cannot be read, or the model has no speech.
+    """
+    requests = [
+        Request(text, (Segment("text", text),), tuple(options.into or ("image",))) for text in texts
+    ]
+    into = tuple(options.into or ("text",))
+    for path in options.image:
+        requests.append(Request(path.name, (_read_image(path, codecs),), into))
+    for path in options.speech:
+        if codecs.speech is None:
+            names = ", ".join(codecs.modalities.names)
+            raise ValueError(f"--speech {path}: the model has no speech; it has {names}.")
+        units = codecs.speech.encode(read_wav(path, codecs.speech.sample_rate))
+        requests.append(Request(path.name, (Segment("speech", units),), into))
+    return requests
+
+
+def _read_image(path: Path, codecs: Codecs) -> Segment:
+    try:
+        pixels = decode_image(path.read_bytes(), codecs.image.image_size)
+    except Exception as error:  # Pillow raises errors of many kinds on broken files
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(f"--image {path}: cannot be read as an image ({reason}).") from error
+    return Segment("image", pixels)
+
+
+def _generate_all(
+    requests: Sequence[Request],
+    loaded: LoadedCheckpoint,
+    codecs: Codecs,
+    settings: SamplingSettings,
+    options: argparse.Namespace,
+) -> list[Result]:
+    """Generate, those together that go into the same modalities; results in order of requests."""
+    samples: dict[int, list[Sample]] = {}
+    for into in dict.fromkeys(request.into for request in requests):
+        numbers = [i for i, request in enumerate(requests) if request.into == into]
+        progress = ProgressBar(f"into {', '.join(into)}", sys.stderr)
+        found = generate(
+            loaded.model,
+            [requests[i].prompt for i in numbers],
+            into,
+            settings,
+            codecs,
+            num_samples=options.num_samples,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+        for sample in found:
+            samples.setdefault(numbers[sample.prompt], []).append(sample)
+    return [Result(request.label, samples[i]) for i, request in enumerate(requests)]
+
+
+class ProgressBar:
+    """One line on a terminal that is written over; nothing elsewhere."""
+
+    WIDTH = 40
+
+    def __init__(self, title: str, stream: TextIO) -> None:
+        self._title, self._stream = title, stream
+        self._start = time.perf_counter()
+        self._drawn = ""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` steps are made."""
+        if not self._stream.isatty():
+            return
+        bar = "#" * (self.WIDTH * done // total)
+        seconds = time.perf_counter() - self._start
+        line = f"\r{self._title} [{bar:{self.WIDTH}}] {done}/{total} steps {seconds:.0f} s"
+        if line != self._drawn:
+            self._stream.write(line + ("\n" if done == total else ""))
+            self._stream.flush()
+            self._drawn = line
+
+
+def _choose_folder(out: Path | None) -> Path:
+    """The folder to write to, which holds nothing yet: `out`, or the next in `DEFAULT_OUT`."""
+    if out is None:
+        numbers = [int(path.name) for path in DEFAULT_OUT.glob("*") if path.name.isdigit()]
+        return DEFAULT_OUT / f"{max(numbers, default=0) + 1:03}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder; name another one.")
+    return out
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Continue text, images or speech with a trained model: PNG, text, WAV."
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run's dump folder, or one checkpoint of it")
+    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    add("--prompt-file", type=Path, help="file with one text prompt per line")
+    add("--image", type=Path, action="append", default=[], help="image file; may be repeated")
+    add("--speech", type=Path, action="append", default=[], help="WAV file; may be repeated")
+    add("--into", nargs="+", choices=MODALITIES, help="what to generate, one after the other in "
+        "one document; default: image after a text, text after anything else")  # fmt: skip
+    add("--num-samples", type=int, default=1, help="of each prompt")
+    add("--batch-size", type=int, default=16, help="samples drawn together")
+    add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    add("--top-k", type=int, default=0, help="choose among so many tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="choose among tokens of this probability")
+    add("--guidance", type=float, default=1.0, help="of images by the prompt; 1: none")
+    add("--seed", type=int, default=0)
+    add("--max-text-tokens", type=int, default=64)
+    add("--max-speech-seconds", type=float, default=4.0)
+    add(
+        "--out",
+        type=Path,
+        help="a new or empty folder; default: the next of outputs/samples/001, ...",
+    )
+    return parser
