@@ -103,7 +103,7 @@ def make_job(batch: int, seq: int, layout: Layout) -> Any:
     os.environ["WORLD_SIZE"] = str(layout.ranks)  # read by the checks
     rows = batch // (layout.ranks if layout.is_data_parallel else 1)
     shape = [f"--training.seq_len={seq}", f"--training.local_batch_size={rows}"]
-    flags = [*shape, "--validation.no-enable", *layout.flags()]
+    flags = [*shape, "--validation.no-enable", "--sampling.interval=0", *layout.flags()]
     return parse_job(["--config", str(CONFIG), *flags])
 
 

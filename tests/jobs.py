@@ -33,5 +33,6 @@ def debug_job(family: str, *overrides: str) -> Any:
         "--training.local_batch_size=2",
         "--validation.seq_len=256",
         "--metrics.log_freq=1",
+        "--sampling.interval=0",  # not in every layout, and not for nothing
     )
     return load_job(TRAIN_CONFIGS / family / "debugmodel.toml", *small, *overrides)

@@ -25,6 +25,7 @@ from torchtitan_mixtures.data import emoji_source, loader
 from torchtitan_mixtures.float8 import check_converters
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
+from torchtitan_mixtures.sampling.during_training import check_sampling
 from torchtitan_mixtures.towers import check_towers, warn_of_empty_modalities
 
 CONFIG_MODULE = "torchtitan_mixtures.job_config"
@@ -91,6 +92,7 @@ def check_job(job_config: MixtureJobConfig) -> None:
     warn_of_empty_modalities(job_config, model_args)
     _check_compile(job_config)
     check_converters(job_config, model_args)
+    check_sampling(job_config, model_args)
     checkpoint_config.check_resume(job_config, model_args)
     setattr(job_config, CHECKED, True)
 

@@ -20,6 +20,7 @@ from torchtitan.config import JobConfig as HostJobConfig
 from tyro.constructors import PrimitiveConstructorSpec
 
 from torchtitan_mixtures.config_values import check_section
+from torchtitan_mixtures.sampling.settings import check_values
 
 
 def _parse_numbers(text: str) -> dict[str, float]:
@@ -188,11 +189,58 @@ class Mixture:
 
 
 @dataclass
+class Sampling:
+    """Samples drawn while training goes on, written to TensorBoard or Weights & Biases."""
+
+    interval: int = 0
+    """Draw samples every so many steps. 0 = never."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Texts to continue."""
+
+    into: list[Literal["text", "image", "speech"]] = field(default_factory=lambda: ["image"])
+    """What to generate after each prompt, one after the other in one document."""
+
+    num_samples: int = 2
+    """Samples of each prompt."""
+
+    temperature: float = 1.0
+    """Divides the logits. 0 = always the likeliest token."""
+
+    top_k: int = 0
+    """Choose among this many likeliest tokens. 0 = all."""
+
+    top_p: float = 1.0
+    """Choose among the fewest likeliest tokens that have this probability together."""
+
+    guidance: float = 1.0
+    """Classifier-free guidance of images by what precedes them. 1 = none."""
+
+    seed: int = 0
+    """Seed of the samples. The same at every interval, so that only the model changes."""
+
+    max_text_tokens: int = 64
+    """Longest text."""
+
+    max_speech_seconds: float = 4.0
+    """Longest speech."""
+
+    def __post_init__(self) -> None:
+        check_section("sampling", self)
+        check_values(self, "sampling.")
+        if self.interval < 0:
+            raise ValueError(f"sampling.interval = {self.interval}: must be 0 (never) or more.")
+        if self.num_samples < 1:
+            raise ValueError(f"sampling.num_samples = {self.num_samples}: must be 1 or more.")
+
+
+@dataclass
 class JobConfig:
     """The sections of this plugin; TorchTitan merges them into its own `JobConfig`."""
 
     multimodal: Multimodal = field(default_factory=Multimodal)
     mixture: Mixture = field(default_factory=Mixture)
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 class MixtureJobConfig(HostJobConfig):
@@ -200,3 +248,4 @@ class MixtureJobConfig(HostJobConfig):
 
     multimodal: Multimodal
     mixture: Mixture
+    sampling: Sampling

@@ -20,17 +20,19 @@ from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
 from torchtitan_mixtures.objectives.next_token import LossMeter, Targets, prepare_batch
 from torchtitan_mixtures.pipeline import Pipeline
+from torchtitan_mixtures.sampling.during_training import TrainingSampler, build_sampler
 
 
 class MixtureTrainer(Trainer):
     """TorchTitan's trainer for the families of this plugin.
 
     It adds: checks of the whole configuration before anything is built; a batch's split into
-    inputs and targets; the hand-over of the loss's meter to the metrics; and a `config.json` in
-    every checkpoint.
+    inputs and targets; the hand-over of the loss's meter to the metrics; samples while it trains;
+    and a `config.json` in every checkpoint.
     """
 
     loss_meter: LossMeter | None
+    sampler: TrainingSampler | None
 
     def __init__(self, job_config: MixtureJobConfig):
         check_job(job_config)
@@ -40,6 +42,7 @@ class MixtureTrainer(Trainer):
         self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
         self.processor.loss_meter = self.loss_meter
         self.processor.measure_updates()
+        self.sampler = build_sampler(job_config, self.processor)
         if self.checkpointer.enable:
             if torch.distributed.get_rank() == 0:
                 checkpoint_config.remove_incomplete(self.checkpointer.folder)
@@ -102,6 +105,9 @@ class MixtureTrainer(Trainer):
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
             self._write_config(self.step)
+        if self.sampler is not None and self.sampler.is_due(self.step):
+            with self.maybe_enable_amp:
+                self.sampler.sample(self.model_parts[0], self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Step and tokens seen; the latter by all ranks, for a resume with another number of them.
