@@ -20,6 +20,7 @@ import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 import benchmark_mot  # pyrefly: ignore [missing-import]  # beside this script
 import benchmark_parallel  # pyrefly: ignore [missing-import]
+import benchmark_sampling  # pyrefly: ignore [missing-import]
 import torch
 
 from torchtitan_mixtures import benchmark as measure
@@ -37,7 +38,7 @@ def add_mot(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     add("--modes", nargs="+", choices=["eager", "compiled"], help="of block rows")
     add("--masks", nargs="+", choices=["causal", "document"], help="of block rows")
     add("--mixes", nargs="+", type=int, choices=range(3), help="of block rows: 0 is the even one")
-    return benchmark_mot.ROWS
+    return {**benchmark_mot.ROWS, **benchmark_sampling.ROWS}
 
 
 def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:

@@ -161,7 +161,7 @@ def test_machine_facts_name_no_machine():
 def test_rows_of_the_design_exist(scripts):
     benchmark, mot = scripts
     assert list(benchmark.parse(["mot"]).table) == [
-        "width1024", "width512", "training", "counts", "startup",
+        "width1024", "width512", "training", "counts", "startup", "sampling",
     ]  # fmt: skip
     wide, narrow = mot.MOT_BLOCKS["width1024"], mot.MOT_BLOCKS["width512"]
     assert (wide.dim, wide.heads, wide.batch, wide.seq, wide.modalities) == (1024, 16, 2, 1024, 2)
@@ -212,6 +212,23 @@ def test_compiled_rows_say_so_where_nothing_can_compile(scripts, monkeypatch):
     assert "no C++ compiler" in str(table)
 
 
+def test_drawing_images_is_measured_and_the_cache_changes_no_code(scripts, monkeypatch):
+    _, mot = scripts
+    sampling = importlib.import_module("benchmark_sampling")
+    small = mot.debug_job("--training.seq_len", "128", "--validation.seq_len", "128")
+    monkeypatch.setattr(mot, "debug_job", lambda *overrides: small)
+    model = mot.debug_model
+    monkeypatch.setattr(mot, "debug_model", lambda job: model(job, dim=32, n_layers=1, n_heads=2))
+    monkeypatch.setattr(sampling, "IMAGES", 2)
+    options = argparse.Namespace(rounds=1, quick=True)
+    (table,) = sampling.measure_sampling(options, CPU)
+    assert [r["variant"] for r in table.records] == [
+        "no cache", "no cache again", "cache", "cache, guidance",
+    ]  # fmt: skip
+    assert all(math.isfinite(r["images_per_second"]) for r in table.records)
+    assert "100.0% of the codes" in table.notes[0]
+
+
 def test_output_is_printed_and_written_as_json(scripts, monkeypatch, capsys, tmp_path):
     benchmark, mot = scripts
 
@@ -221,7 +238,7 @@ def test_output_is_printed_and_written_as_json(scripts, monkeypatch, capsys, tmp
         return [table]
 
     monkeypatch.setattr(mot, "ROWS", {"fake": row})
-    benchmark.main(["mot", "--json", str(tmp_path / "numbers.json")])
+    benchmark.main(["mot", "--rows", "fake", "--json", str(tmp_path / "numbers.json")])
     printed = capsys.readouterr().out
     assert "measured on:" in printed and "some row" in printed
     content = json.loads((tmp_path / "numbers.json").read_text())
