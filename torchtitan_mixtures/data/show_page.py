@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -66,6 +67,22 @@ def build_decoders(config: Multimodal, modalities: Modalities) -> dict[str, Deco
             return f'<img alt="decoded image" src="{_data_url("image/png", buffer.getvalue())}">'
 
         decoders["image"] = show_image
+    if sizes.get("speech"):
+        from torchtitan_mixtures.data.audio import write_wav
+        from torchtitan_mixtures.data.speech import build_speech_tokenizer
+
+        speech_tokenizer = build_speech_tokenizer(config.speech_tokenizer)
+
+        def show_speech(units: Ints) -> str:
+            waveform = speech_tokenizer.decode(units)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "speech.wav"
+                write_wav(path, waveform, speech_tokenizer.sample_rate)
+                url = _data_url("audio/wav", path.read_bytes())
+            seconds = len(waveform) / speech_tokenizer.sample_rate
+            return f'<audio controls src="{url}"></audio><small>{seconds:.2f} s</small>'
+
+        decoders["speech"] = show_speech
     return decoders
 
 

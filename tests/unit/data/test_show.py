@@ -8,9 +8,10 @@ import io
 import re
 import subprocess
 import sys
+import wave
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchtitan_mixtures.data.speech import build_speech_tokenizer
 
-from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
+from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job, load_job
 from tests.unit.data.fakes import SENTINELS, ByteTokenizer, GreyTokenizer
 from tests.unit.data.html_tree import Node, parse
 from torchtitan_mixtures.data import samples
@@ -165,6 +167,32 @@ def test_a_validation_split_is_shown_to_its_end() -> None:
     documents = sum(max(s["document_ids"]) for s in sequences if s["input"][-1] == 0)
     documents += sum(max(s["document_ids"]) + 1 for s in sequences if s["input"][-1] != 0)
     assert len(page.find("article")) == documents
+
+
+def test_speech_is_heard_as_its_units_decode() -> None:
+    config = TRAIN_CONFIGS / "mot" / "debugmodel_3modality.toml"
+    job = load_job(config, "--training.seq_len=512", "--training.local_batch_size=2")
+    page = parse(make_page(job, 2, None))
+    tokenizer, speech = build_multimodal_tokenizer(job), build_speech_tokenizer("emoji_25hz")
+    start, end = find_modalities(job, tokenizer).vocab_ranges[2]
+    inputs, _ = next(iter(build_multimodal_dataloader(1, 0, tokenizer, job)))
+    expected = []  # units of each run, in reading order
+    for row in inputs["input"].tolist():
+        for before, token in pairwise([-1, *row]):
+            if start <= token < end:
+                if not start <= before < end:
+                    expected.append([])
+                expected[-1].append(token - start)
+    sounds = page.find("audio")
+    assert len(sounds) == len(expected) > 0
+    for sound, units in zip(sounds, expected, strict=True):
+        content = base64.b64decode(sound.attributes["src"].partition("base64,")[2])
+        with wave.open(io.BytesIO(content)) as file:
+            assert file.getframerate() == speech.sample_rate
+            heard = np.frombuffer(file.readframes(-1), "<i2") / 32767
+        waveform = speech.decode(np.array(units))
+        assert np.abs(heard - waveform).max() <= 0.5 / 32767 + 1e-7
+    assert table(page)["speech"][4] == str(len(expected))
 
 
 # --- made-up documents of three modalities --------------------------------------------------------
