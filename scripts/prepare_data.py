@@ -1,8 +1,7 @@
 """Prepares and shows data sets.
 
-`python scripts/prepare_data.py emoji` rebuilds the embedded corpus, `speech` its spoken names alone;
-`python scripts/prepare_data.py show CONFIG.toml --out page.html` shows the sequences that a
-configuration trains on.
+`python scripts/prepare_data.py emoji` rebuilds the embedded corpus, `speech` its spoken names
+alone; `show CONFIG.toml --out page.html` shows the sequences that a configuration trains on.
 """
 
 import argparse

@@ -42,7 +42,7 @@ class MixtureTrainer(Trainer):
         self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
         self.processor.loss_meter = self.loss_meter
         self.processor.measure_updates()
-        self.sampler = build_sampler(job_config, self.processor)
+        self.sampler = build_sampler(job_config, self.model_args, self.processor)
         if self.checkpointer.enable:
             if torch.distributed.get_rank() == 0:
                 checkpoint_config.remove_incomplete(self.checkpointer.folder)

@@ -12,6 +12,7 @@ from torchtitan_mixtures.data.captions import with_article
 from torchtitan_mixtures.data.emoji import Drawing, EmojiCorpus
 from torchtitan_mixtures.data.packing import DocumentEncoder, Tokens
 from torchtitan_mixtures.data.sources import Segment, build_source
+from torchtitan_mixtures.data.spoken import voices_of
 
 NAMES_PER_GROUP = 16
 
@@ -49,8 +50,9 @@ class Things:
 def draw_things(checkpoint: LoadedCheckpoint, split: str, count: int, seed: int) -> Things:
     """Draw the things of a split to ask about.
 
-    Of the embedded corpus: drawings and their plain names ("a red fox"), at most one of each family
-    of near-duplicates, in random order. Of other data: the first documents.
+    Of the embedded corpus: drawings, their plain names ("a red fox") and, for a model with speech,
+    these names in the split's voices by turns; at most one of each family of near-duplicates, in
+    random order. Of other data: the first documents.
 
     Args:
         checkpoint: Says which data, tokenizers and modalities.
@@ -70,8 +72,9 @@ def draw_things(checkpoint: LoadedCheckpoint, split: str, count: int, seed: int)
         corpus = EmojiCorpus.load()
         drawings = choose_drawings(corpus.drawings(split), count, seed)
         names = choose_names(corpus, drawings, seed)
+        voices = voices_of(split) if "speech" in checkpoint.modalities.names else ()
         return Things(
-            _emoji_items(checkpoint, corpus, drawings, encoder),
+            _emoji_items(checkpoint, corpus, drawings, encoder, voices),
             sentinels.bos,
             sentinels.eos,
             {
@@ -79,7 +82,13 @@ def draw_things(checkpoint: LoadedCheckpoint, split: str, count: int, seed: int)
                 for group, chosen in names.items()
             },
         )
-    source = build_source(job_config.multimodal, split, checkpoint.image_tokenizer, False)
+    source = build_source(
+        job_config.multimodal,
+        split,
+        checkpoint.image_tokenizer,
+        False,
+        checkpoint.modalities.names,
+    )
     (documents,) = source.shards([0], 1)
     items = []
     for document in islice(documents, count):
@@ -131,13 +140,17 @@ def _emoji_items(
     corpus: EmojiCorpus,
     drawings: Sequence[Drawing],
     encoder: DocumentEncoder,
+    voices: Sequence[str],
 ) -> list[Item]:
     tokenizer = checkpoint.image_tokenizer
     images = tokenizer.encode(corpus.images(drawings, tokenizer.image_size))
     items = []
-    for drawing, image in zip(drawings, images, strict=True):
+    for number, (drawing, image) in enumerate(zip(drawings, images, strict=True)):
         concept = drawing.concept
         segments = [Segment("text", with_article(concept.name)), Segment("image", image)]
+        if voices:
+            spoken = corpus.spoken(concept, voices[number % len(voices)])
+            segments.append(Segment("speech", spoken))
         tokens = {s.modality: encoder.encode_segment(s, concept.slug) for s in segments}
         items.append(Item(tokens, concept.group))
     return items

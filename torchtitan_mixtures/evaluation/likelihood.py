@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchtitan.protocols import ModelProtocol
 
-from torchtitan_mixtures.data.packing import Tokens
+from torchtitan_mixtures.data.packing import Modalities, Tokens
+from torchtitan_mixtures.sampling.generate import number_images
 
 ROW_TOKENS = 512
 """Continuations share a row up to this many tokens: attention sees all of a row, mostly in vain."""
@@ -152,9 +153,7 @@ def _same_image(model: ModelProtocol, tokens: Tensor, owners: Tensor) -> Tensor:
     args: Any = model.model_args  # pyrefly: ignore [missing-attribute]
     if not getattr(args, "bidirectional_images", False):
         return torch.zeros((), dtype=torch.bool, device=tokens.device)
-    start, end = args.vocab_ranges[args.modality_names.index("image")]
-    is_code = (tokens >= start) & (tokens < end) & (owners == 0)
-    was_code = torch.cat((torch.zeros_like(is_code[:, :1]), is_code[:, :-1]), dim=1)
-    images = (is_code & ~was_code).cumsum(1)
-    is_same = (images[:, :, None] == images[:, None, :]) & is_code[:, None, :]
-    return (is_same & is_code[:, :, None])[:, None]
+    modalities = Modalities(tuple(args.modality_names), tuple(args.vocab_ranges))
+    images = number_images(tokens.masked_fill(owners != 0, 0), modalities)  # 0 is text
+    is_same = images[:, :, None] == images[:, None, :]
+    return (is_same & (images >= 0)[:, :, None])[:, None]

@@ -12,6 +12,7 @@ import torch
 from torchtitan_mixtures.checkpoint_loading import LoadedCheckpoint
 from torchtitan_mixtures.data.emoji import SPLITS
 from torchtitan_mixtures.data.loader import build_multimodal_validation_dataloader
+from torchtitan_mixtures.data.spoken import UNSEEN_VOICE
 from torchtitan_mixtures.evaluation.items import Things, draw_things
 from torchtitan_mixtures.evaluation.retrieval import classify_groups, retrieve, score_direction
 from torchtitan_mixtures.objectives.next_token import NextTokenLoss, split_batch
@@ -28,18 +29,20 @@ def splits_of(checkpoint: LoadedCheckpoint, wanted: Sequence[str]) -> list[str]:
             run trained and validated on.
 
     Raises:
-        ValueError: The embedded corpus has no such split.
+        ValueError: The embedded corpus has no such split for this model.
     """
     data = checkpoint.job_config.multimodal
     if data.source != "emoji":
         return list(wanted or dict.fromkeys([data.train_split, *data.validation_splits]))
-    unknown = [split for split in wanted if split not in SPLITS]
+    has_speech = "speech" in checkpoint.modalities.names
+    known = (*SPLITS, UNSEEN_VOICE) if has_speech else SPLITS
+    unknown = [split for split in wanted if split not in known]
     if unknown:
         raise ValueError(
-            f"split {unknown[0]!r} is unknown; the splits of the embedded corpus are "
-            f"{', '.join(SPLITS)}."
+            f"split {unknown[0]!r} is unknown; the splits of the embedded corpus for a model of "
+            f"{', '.join(checkpoint.modalities.names)} are {', '.join(known)}."
         )
-    return list(wanted or SPLITS)
+    return list(wanted or known)
 
 
 def evaluate(

@@ -23,31 +23,18 @@ from torchtitan_mixtures.sampling.settings import SamplingSettings
 
 
 def check_sampling(job_config: MixtureJobConfig, model_args: Any) -> None:
-    """Refuse samples that could not be drawn.
+    """Refuse what no layout could draw.
 
     Raises:
         ValueError: Names the key, its value and what is allowed.
     """
-    config, layout = job_config.sampling, job_config.parallelism
-    if not _draws_samples(job_config):
+    config = job_config.sampling
+    if not config.interval:
         return
     if not hasattr(model_args, "modality_names"):
         raise ValueError(
             f"sampling.interval = {config.interval}: model.name = {job_config.model.name!r} is no "
             "model over tokens; set it to 0."
-        )
-    for key in ("pipeline_parallel_degree", "context_parallel_degree"):
-        if getattr(layout, key) > 1:
-            raise ValueError(
-                f"sampling.interval = {config.interval}: samples cannot be drawn with "
-                f"parallelism.{key} = {getattr(layout, key)}; set sampling.interval = 0 and use "
-                "scripts/sample.py on the checkpoints."
-            )
-    if layout.tensor_parallel_degree > 1 and not model_args.is_untied:
-        raise ValueError(
-            f"sampling.interval = {config.interval}: parallelism.tensor_parallel_degree = "
-            f"{layout.tensor_parallel_degree} cuts the sequences of a dense flavour, and a sample "
-            "grows by one token; set sampling.interval = 0."
         )
     if not config.prompts:
         raise ValueError("sampling.prompts = []: sampling.interval > 0 needs at least one prompt.")
@@ -127,19 +114,33 @@ class TrainingSampler:
 
 
 def build_sampler(
-    job_config: MixtureJobConfig, processor: MixtureMetricsProcessor
+    job_config: MixtureJobConfig, model_args: Any, processor: MixtureMetricsProcessor
 ) -> TrainingSampler | None:
-    """Build the sampler of a job; None if it asks for no samples or has no place for them."""
-    if _draws_samples(job_config):
+    """Build the sampler of a job; None if it asks for no samples or they cannot be drawn."""
+    if not job_config.sampling.interval:
+        return None
+    reason = _why_not(job_config, model_args)
+    if reason is None:
         return TrainingSampler(job_config, processor)
-    if job_config.sampling.interval:
-        logger.info(
-            "No samples are drawn: neither metrics.enable_tensorboard nor metrics.enable_wandb is "
-            "true, so there is no place for them."
-        )
+    logger.warning(f"No samples are drawn although sampling.interval > 0: {reason}.")
     return None
 
 
-def _draws_samples(job_config: MixtureJobConfig) -> bool:
-    metrics = job_config.metrics
-    return job_config.sampling.interval > 0 and (metrics.enable_tensorboard or metrics.enable_wandb)
+def _why_not(job_config: MixtureJobConfig, model_args: Any) -> str | None:
+    """Say why no samples can be drawn where the training itself works."""
+    metrics, layout = job_config.metrics, job_config.parallelism
+    if not (metrics.enable_tensorboard or metrics.enable_wandb):
+        return "there is no place for them without metrics.enable_tensorboard or enable_wandb"
+    for key in ("pipeline_parallel_degree", "context_parallel_degree"):
+        if getattr(layout, key) > 1:
+            return (
+                f"a rank has a part of the model or of the sequence with parallelism.{key} = "
+                f"{getattr(layout, key)}; use scripts/sample.py on the checkpoints"
+            )
+    if layout.tensor_parallel_degree > 1 and not model_args.is_untied:
+        return (
+            f"parallelism.tensor_parallel_degree = {layout.tensor_parallel_degree} cuts the "
+            "sequences of a dense flavour, and a sample grows by one token; use scripts/sample.py "
+            "on the checkpoints"
+        )
+    return None

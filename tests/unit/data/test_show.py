@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchtitan_mixtures.data.speech import build_speech_tokenizer
 
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job, load_job
 from tests.unit.data.fakes import SENTINELS, ByteTokenizer, GreyTokenizer
@@ -44,6 +43,7 @@ from torchtitan_mixtures.data.packing import BatchBuilder, DocumentEncoder, Moda
 from torchtitan_mixtures.data.show import find_violations, make_page, write_page
 from torchtitan_mixtures.data.show_page import SequenceView, render_page, split_text
 from torchtitan_mixtures.data.sources import Document, Segment
+from torchtitan_mixtures.data.speech import build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
 
 THREE = Modalities(("text", "image", "speech"), ((0, 300), (300, 316), (316, 336)))

@@ -10,10 +10,14 @@ import pytest
 from tests.checkpoints import save_tiny_mot
 from tests.jobs import ROOT
 from torchtitan_mixtures.checkpoint_loading import load_checkpoint
+from torchtitan_mixtures.data.captions import with_article
+from torchtitan_mixtures.data.emoji import EmojiCorpus
 from torchtitan_mixtures.data.loader import (
     build_multimodal_tokenizer,
     build_multimodal_validation_dataloader,
 )
+from torchtitan_mixtures.data.spoken import VOICES
+from torchtitan_mixtures.evaluation.items import choose_drawings, draw_things
 from torchtitan_mixtures.evaluation.report import bits_per_token
 
 
@@ -107,3 +111,42 @@ def test_a_model_of_bidirectional_images_is_not_asked_to_predict_them(tmp_path, 
     assert command.main([f"--checkpoint={tmp_path}", *arguments]) == 0
     split = json.loads(out.read_text())["splits"]["unseen_style"]
     assert set(split["retrieval"]) == {"image>text"}
+
+
+@pytest.fixture(scope="module")
+def run_with_speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run_with_speech")
+    save_tiny_mot(
+        folder,
+        20,
+        "--model.flavor=debugmodel_3modality",
+        n_modalities=3,
+        modality_names=["text", "image", "speech"],
+        code_vocab_sizes=[1024, 512],
+    )
+    return folder
+
+
+def test_three_modalities_are_asked_about_in_all_pairs(run_with_speech, tmp_path, command):
+    out = tmp_path / "report.json"
+    arguments = ["--splits", "unseen_voice", "--items=3", "--max-batches=1", f"--json={out}"]
+    assert command.main([f"--checkpoint={run_with_speech}", *arguments]) == 0
+    split = json.loads(out.read_text())["splits"]["unseen_voice"]
+    names = ("text", "image", "speech")
+    assert set(split["retrieval"]) == {f"{a}>{b}" for a in names for b in names if a != b}
+    assert set(split["modalities"]) == set(names)
+
+
+def test_speech_is_of_the_items_concept_in_a_voice_of_the_split(run_with_speech):
+    checkpoint, corpus = load_checkpoint(run_with_speech), EmojiCorpus.load()
+    things = draw_things(checkpoint, "unseen_voice", 8, seed=0)
+    assert things.modalities == ["text", "image", "speech"]
+    for item, drawing in zip(
+        things.items, choose_drawings(corpus.drawings("unseen_voice"), 8, seed=0), strict=True
+    ):
+        units = item.tokens["speech"][1:-1] - (2048 + 1024)
+        assert (units == corpus.spoken(drawing.concept, VOICES[-1])).all()
+        image = checkpoint.image_tokenizer.encode(corpus.image(drawing, 32)[None])[0]
+        assert (item.tokens["image"][1:-1] - 2048 == image).all()
+        text = checkpoint.text_tokenizer.decode(item.tokens["text"].tolist())
+        assert text == with_article(drawing.concept.name)

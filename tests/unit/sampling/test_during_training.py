@@ -48,28 +48,35 @@ def test_an_interval_without_prompts_is_refused():
         check_job(job)
 
 
+@pytest.fixture
+def args():
+    return SimpleNamespace(is_untied=True)
+
+
 @pytest.mark.parametrize("kind", ["pipeline", "context"])
-def test_layouts_that_cannot_sample_are_refused(kind, monkeypatch):
+def test_layouts_that_cannot_sample_train_without(kind, args, monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     job = debug_job("mot", *ON, f"--parallelism.{kind}_parallel_degree=2")
-    with pytest.raises(ValueError, match=f"parallelism.{kind}_parallel_degree = 2; set sampling"):
-        check_job(job)
+    check_job(job)
+    assert build_sampler(job, args, SimpleNamespace()) is None
+    assert f"parallelism.{kind}_parallel_degree = 2; use scripts/sample.py" in caplog.text
 
 
-def test_a_dense_flavour_under_tensor_parallelism_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    options = (*ON, "--parallelism.tensor_parallel_degree=2")
-    check_job(debug_job("mot", *options))
-    with pytest.raises(ValueError, match="cuts the sequences of a dense flavour"):
-        check_job(debug_job("mot", *options, "--model.flavor=debugmodel_dense"))
+def test_a_dense_flavour_under_tensor_parallelism_trains_without(args, caplog):
+    job = debug_job("mot", *ON, "--parallelism.tensor_parallel_degree=2")
+    assert build_sampler(job, args, SimpleNamespace()) is not None
+    assert build_sampler(job, SimpleNamespace(is_untied=False), SimpleNamespace()) is None
+    assert "cuts the sequences of a dense flavour" in caplog.text
 
 
-def test_no_sampler_without_an_interval_or_a_place_for_samples():
+def test_no_sampler_without_an_interval_or_a_place_for_samples(args, caplog):
     processor = SimpleNamespace()
-    assert build_sampler(debug_job("mot", "--sampling.interval=0"), processor) is None
+    assert build_sampler(debug_job("mot", "--sampling.interval=0"), args, processor) is None
+    assert "No samples" not in caplog.text
     off = debug_job("mot", *ON, "--metrics.no_enable_tensorboard")
-    assert build_sampler(off, processor) is None
-    sampler = build_sampler(debug_job("mot", *ON), processor)
+    assert build_sampler(off, args, processor) is None
+    assert "there is no place for them without metrics.enable_tensorboard" in caplog.text
+    sampler = build_sampler(debug_job("mot", *ON), args, processor)
     assert [step for step in range(1, 16) if sampler.is_due(step)] == [5, 10, 15]
 
 
