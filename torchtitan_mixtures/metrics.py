@@ -6,26 +6,16 @@ Everything here happens only in steps that are logged, so the other steps never 
 
 from __future__ import annotations
 
-import html
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchtitan.components.metrics import (
-    BaseLogger,
-    LoggerContainer,
-    MetricsProcessor,
-    TensorBoardLogger,
-    WandBLogger,
-)
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor
 from torchtitan.components.optimizer import OptimizersInBackwardContainer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -33,50 +23,13 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.media import Media, write_media
 from torchtitan_mixtures.objectives.next_token import LossMeter
 from torchtitan_mixtures.optimizer import TowerOptimizers
 from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter
 from torchtitan_mixtures.towers import SHARED
 
 NATS_TO_BITS = 1 / math.log(2)
-
-
-@dataclass(frozen=True)
-class Media:
-    """Things to look at or listen to, by the name each is logged under."""
-
-    images: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
-    """`(height, width, 3)` uint8 each."""
-
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """Markdown."""
-
-    sounds: Mapping[str, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
-    """`(samples,)` float32 in [-1, 1], and the sample rate."""
-
-
-def _write_to_tensorboard(target: TensorBoardLogger, media: Media, step: int) -> None:
-    writer, prefix = target.writer, "" if target.tag is None else f"{target.tag}/"
-    for name, image in media.images.items():
-        writer.add_image(prefix + name, image, step, dataformats="HWC")
-    for name, text in media.texts.items():
-        writer.add_text(prefix + name, text, step)
-    for name, (waveform, sample_rate) in media.sounds.items():
-        writer.add_audio(prefix + name, torch.from_numpy(waveform)[None], step, sample_rate)
-    writer.flush()
-
-
-def _write_to_wandb(target: WandBLogger, media: Media, step: int) -> None:
-    wandb, prefix = target.wandb, "" if target.tag is None else f"{target.tag}/"
-    entries: dict[str, Any] = {name: wandb.Image(image) for name, image in media.images.items()}
-    entries |= {
-        name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in media.texts.items()
-    }
-    entries |= {
-        name: wandb.Audio(waveform, sample_rate=sample_rate)
-        for name, (waveform, sample_rate) in media.sounds.items()
-    }
-    wandb.log({prefix + name: entry for name, entry in entries.items()}, step=step)
 
 
 class MixtureMetricsProcessor(MetricsProcessor):
@@ -248,10 +201,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
             step: The training step.
         """
         for target in self.loggers:
-            if isinstance(target, TensorBoardLogger):
-                _write_to_tensorboard(target, media, step)
-            elif isinstance(target, WandBLogger):
-                _write_to_wandb(target, media, step)
+            write_media(target, media, step)
 
     def restart_clock(self, step: int) -> None:
         """Measure throughput from here on; what came before (validation, say) does not count.

@@ -15,7 +15,8 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.job_config import MixtureJobConfig
-from torchtitan_mixtures.metrics import Media, MixtureMetricsProcessor
+from torchtitan_mixtures.media import Media
+from torchtitan_mixtures.metrics import MixtureMetricsProcessor
 from torchtitan_mixtures.sampling.codecs import build_codecs
 from torchtitan_mixtures.sampling.generate import Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, decode_speech, draw_sheet

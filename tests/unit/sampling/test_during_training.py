@@ -11,7 +11,8 @@ from tests.jobs import debug_job
 from tests.unit.sampling.helpers import codecs, tiny_model
 from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.job_config import Sampling
-from torchtitan_mixtures.metrics import Media, MixtureMetricsProcessor
+from torchtitan_mixtures.media import Media
+from torchtitan_mixtures.metrics import MixtureMetricsProcessor
 from torchtitan_mixtures.sampling import during_training
 from torchtitan_mixtures.sampling.during_training import TrainingSampler, build_sampler
 
