@@ -37,8 +37,8 @@ LAYOUTS = {
 }
 MATRIX = [
     ("FSDP4", "TP2xFSDP2"), ("TP2xFSDP2", "HSDP2x2"), ("FSDP2", "1 rank"), ("1 rank", "FSDP4"),
-    ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"), ("PP2", "CP2"), ("CP2", "TP2"),
-    ("CP2", "DDP2"),
+    ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"), ("PP2", "CP2"),
+    *(pytest.param("CP2", layout, marks=pytest.mark.slow) for layout in ("TP2", "DDP2")),
 ]  # fmt: skip
 
 

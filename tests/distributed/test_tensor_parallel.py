@@ -139,7 +139,10 @@ SHORT = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", ["8B_2modality.toml", "70B_2modality.toml"])
+@pytest.mark.parametrize(
+    "config",
+    ["8B_2modality.toml", pytest.param("70B_2modality.toml", marks=pytest.mark.slow)],
+)
 def test_the_layouts_of_the_large_configurations_work(config, tmp_path):
     options = (
         *SHORT, "--model.flavor=debugmodel", "--training.seq_len=272", "--training.steps=2",
