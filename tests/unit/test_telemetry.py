@@ -104,14 +104,16 @@ def test_a_tower_is_idle_after_three_steps_and_again_only_after_it_was_active():
     assert idle.update({}) == []  # frozen towers have no norm at all
 
 
-def train_with_speech(folder):
+def train_with_video(folder):
     """Warnings and scalars of a run, by the real trainer, whose third modality has no data."""
+    from torchtitan_mixtures.models.mot import mot_args
     from torchtitan_mixtures.trainer import MixtureTrainer
 
+    mot_args._table["debugmodel_3modality"].modality_names[2] = "video"
     job = debug_job(
         "mot", *QUICK, "--model.flavor=debugmodel_3modality", "--training.steps=4",
         "--training.seq_len=96", "--metrics.log_freq=2", f"--job.dump_folder={folder}",
-        "--mixture.tower_lr=image=1e-2", "--mixture.tower_weight_decay=speech=0.25",
+        "--mixture.tower_lr=image=1e-2", "--mixture.tower_weight_decay=video=0.25",
         "--mixture.frozen_towers=text", "--activation_checkpoint.mode=full",
         "--compile.enable", "--compile.backend=aot_eager",
     )  # fmt: skip
@@ -139,21 +141,21 @@ def train_with_speech(folder):
 
 
 def test_the_trainer_reports_towers_and_warns_once_of_an_idle_one(tmp_path):
-    ((warnings, scalars, kept),) = run_ranks(train_with_speech, 1, str(tmp_path), init=False)
+    ((warnings, scalars, kept),) = run_ranks(train_with_video, 1, str(tmp_path), init=False)
     start, idle = warnings
-    assert "has the modality 'speech', of which no batch has a token" in start
-    assert "'speech' got no gradient in 3 logged steps running" in idle
+    assert "has the modality 'video', of which no batch has a token" in start
+    assert "'video' got no gradient in 3 logged steps running" in idle
     assert "weight decay (0.25) goes on shrinking" in idle
-    assert 'mixture.frozen_towers = ["speech"]' in idle
+    assert 'mixture.frozen_towers = ["video"]' in idle
     assert len(kept) == 54 and all(kept)
     assert sorted(scalars) == [1, 2, 4]
     for values in scalars.values():
         for prefix in ("update_ratio/", "grad_norm/"):
             towers = {name.removeprefix(prefix) for name in values if name.startswith(prefix)}
-            assert towers == {"image", "speech", "shared"}
+            assert towers == {"image", "video", "shared"}
         rate = values["lr"]
         assert values["lr/image"] == pytest.approx(rate * 1e-2 / 3e-3)
         # Nothing but weight decay moves a tower without gradients.
-        assert values["grad_norm/speech"] == 0
-        assert values["update_ratio/speech"] == pytest.approx(rate * 0.25, rel=1e-4)
-        assert values["update_ratio/image"] > 10 * values["update_ratio/speech"]
+        assert values["grad_norm/video"] == 0
+        assert values["update_ratio/video"] == pytest.approx(rate * 0.25, rel=1e-4)
+        assert values["update_ratio/image"] > 10 * values["update_ratio/video"]

@@ -13,6 +13,7 @@ from tests.jobs import TRAIN_CONFIGS, debug_job, load_job
 from tests.unit.test_checkpoint_config import check, make_checkpoint
 from torchtitan_mixtures.checks import CHECKED, check_arguments, check_job
 from torchtitan_mixtures.job_config import Mixture
+from torchtitan_mixtures.models.mot import mot_args
 
 KEYS = """
 [mixture]
@@ -138,23 +139,23 @@ def test_our_trainer_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flavor", "frozen", "warns"),
-    [
-        ("debugmodel", "", False),
-        ("debugmodel_3modality", "", True),
-        ("debugmodel_3modality", "speech", False),
-    ],
+    ("third", "frozen", "warns"),
+    [("speech", "", False), ("video", "", True), ("video", "video", False)],
 )
-def test_a_modality_without_codes_is_warned_of(flavor, frozen, warns, tmp_path, caplog):
-    options = [f"--mixture.frozen_towers={frozen}"] if frozen else []
-    job = debug_job("mot", f"--model.flavor={flavor}", f"--job.dump_folder={tmp_path}", *options)
+def test_a_modality_without_codes_is_warned_of(third, frozen, warns, tmp_path, caplog, monkeypatch):
+    args = get_train_spec("mot").model_args["debugmodel_3modality"]
+    args.modality_names = ["text", "image", third]
+    monkeypatch.setitem(mot_args._table, "debugmodel_3modality", args)
+    options = ["--model.flavor=debugmodel_3modality", f"--job.dump_folder={tmp_path}"]
+    options += [f"--mixture.frozen_towers={frozen}"] if frozen else []
+    job = debug_job("mot", *options)
     with caplog.at_level(logging.WARNING):
         check_job(job)
     messages = [r.message for r in caplog.records if "no batch has a token" in r.message]
     assert len(messages) == warns
     for message in messages:
-        assert "'speech'" in message and "multimodal.speech_tokenizer" in message
-        assert 'mixture.frozen_towers = ["speech"]' in message
+        assert "'video'" in message and "multimodal.video_tokenizer" in message
+        assert 'mixture.frozen_towers = ["video"]' in message
 
 
 OLD = ("--mixture.tower_lr=image=1e-3,text=1", "--mixture.frozen_towers=text")

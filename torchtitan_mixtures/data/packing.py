@@ -72,10 +72,11 @@ class DocumentEncoder:
         sentinels = text_tokenizer.sentinels
         self._bos = np.array([sentinels.bos], np.int64)
         self._eos = np.array([sentinels.eos], np.int64)
-        # Modalities that have sentinels, which are all but text.
+        # Text has no sentinels; neither has a modality that there are no tokenizers for.
         self._frames = {
             name: tuple(np.array([getattr(sentinels, f"{name}_{end}")]) for end in ("start", "end"))
             for name in modalities.names[1:]
+            if hasattr(sentinels, f"{name}_start")
         }
 
     def encode(self, document: Document) -> list[Tokens]:
