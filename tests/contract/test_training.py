@@ -112,7 +112,7 @@ def test_bfloat16_trains(family, tmp_path):
         records = run_ranks(
             train, world, family, *QUICK, f"--job.dump_folder={tmp_path}/{world}",
             "--training.steps=8", "--training.mixed_precision_param=bfloat16",
-            "--lr_scheduler.warmup_steps=1", init=False,
+            "--lr_scheduler.warmup_steps=1", init=False, timeout=240,
         )  # fmt: skip
         losses = records[0]["loss"]
         assert losses[8] < losses[1] - 0.3
