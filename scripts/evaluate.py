@@ -7,7 +7,10 @@ pairs of modalities among 20 and 100, and the groups of images.
 import argparse
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
@@ -42,23 +45,45 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--items {options.items}: must be at least 2")
     if options.max_batches < 1 and options.max_batches != -1:
         parser.error(f"--max-batches {options.max_batches}: must be at least 1, or -1 for all")
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        if not options.json.parent.is_dir():
+            parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+        if options.json.exists():
+            parser.error(f"--json {options.json}: exists; name another file")
+    try:
+        default = torch.accelerator.current_accelerator() or torch.device("cpu")
+        options.device = torch.device(options.device or default)
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
     return options
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report, whole or not at all."""
+    if path is not None:
+        unfinished = path.with_name(path.name + ".partial")
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+        unfinished.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate as the command line says; the table goes to stdout, progress to stderr."""
     options = parse(arguments)
-    device = options.device or torch.accelerator.current_accelerator() or "cpu"
+    start = time.perf_counter()
+
+    def progress(message: str) -> None:
+        print(f"{time.perf_counter() - start:6.0f} s  {message}", file=sys.stderr, flush=True)
+
     try:
         report = evaluate(
-            load_checkpoint(options.checkpoint, device),
+            load_checkpoint(options.checkpoint, options.device),
             options.splits,
             num_items=options.items,
             max_batches=options.max_batches,
             seed=options.seed,
-            progress=lambda message: print(message, file=sys.stderr, flush=True),
+            progress=progress,
+            keep=partial(write_json, options.json),
         )
     except ValueError as error:
         message = user_error(error)
@@ -67,8 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2
     print(format_report(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -97,10 +97,13 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> L
     job_config, model_args = _rebuild(path, saved)
     text_tokenizer = build_multimodal_tokenizer(job_config)
     modalities = find_modalities(job_config, text_tokenizer)
-    ranges = tuple((start, end) for start, end in saved["vocab_ranges"].values())
-    if modalities.vocab_ranges != ranges:
+    ranges = saved.get("vocab_ranges")
+    if ranges != {
+        name: list(limits)
+        for name, limits in zip(modalities.names, modalities.vocab_ranges, strict=True)
+    }:
         raise ValueError(
-            f"{path}: its vocabulary ranges are {saved['vocab_ranges']}, but the tokenizers of its "
+            f"{path}: its vocabulary ranges are {ranges}, but the tokenizers of its "
             f"[multimodal] section now give {modalities.vocab_ranges}; restore the tokenizer files."
         )
     with torch.device("meta"):
@@ -153,7 +156,8 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
         cause = error
         if isinstance(error, CheckpointException) and error.failures:
             cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{path}: its weights cannot be read: {cause}") from error
+        reason = str(cause) or f"{type(cause).__name__}; was a file cut off?"
+        raise ValueError(f"{path}: its weights cannot be read: {reason}") from error
 
 
 class _WeightsReader(FileSystemReader):

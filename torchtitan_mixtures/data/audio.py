@@ -30,8 +30,12 @@ def read_wav(path: Path | str, sample_rate: int) -> NDArray[np.float32]:
         with wave.open(str(path), "rb") as file:
             channels, width, rate, count, *_ = file.getparams()
             content = file.readframes(count)
-    except (OSError, EOFError, wave.Error) as error:
-        raise ValueError(f"cannot read {path} ({error or 'no header'}); {_REMEDY}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from error
+    except (EOFError, wave.Error) as error:
+        raise ValueError(f"cannot read {path} ({str(error) or 'no header'}); {_REMEDY}") from error
+    if not count:
+        raise ValueError(f"{path} holds no sound: its header promises 0 samples")
     if width > 4 or rate < 1:
         raise ValueError(f"{path} has {8 * width} bits and {rate} samples a second; {_REMEDY}")
     if len(content) != count * channels * width:

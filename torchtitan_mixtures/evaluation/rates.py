@@ -48,6 +48,7 @@ class Rate:
             "low_95": low,
             "high_95": high,
             "chance": self.chance,
+            "excludes_chance": self.excludes_chance,
             "hits": self.hits,
             "trials": self.trials,
         }

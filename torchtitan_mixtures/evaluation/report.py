@@ -53,6 +53,7 @@ def evaluate(
     max_batches: int = 32,
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on several splits.
 
@@ -63,6 +64,7 @@ def evaluate(
         max_batches: See `bits_per_token`.
         seed: Of the things and names that are drawn.
         progress: Told what is about to be done.
+        keep: Given the report after each split, as far as it goes.
 
     Returns:
         Plain JSON: what was evaluated, and for each of `splits` its `modalities` (see
@@ -76,6 +78,8 @@ def evaluate(
         "flavor": saved.flavor,
         "step": checkpoint.step,
         "seed": seed,
+        "num_items": num_items,
+        "max_batches": max_batches,
         "splits": {},
     }
     for split in splits_of(checkpoint, splits):
@@ -89,11 +93,12 @@ def evaluate(
             scores = score_direction(checkpoint.model, things, source, target)
             found["retrieval"][f"{source}>{target}"] = {
                 str(pool): {kind: rate.as_json() for kind, rate in rates.items()}
-                for pool, rates in retrieve(scores, POOLS).items()
+                for pool, rates in retrieve(scores, _pools(len(things.items))).items()
             }
         if things.names:
             progress(f"{split}: groups")
             found["groups"] = classify_groups(checkpoint.model, things).as_json()
+        keep(report)
     return report
 
 
@@ -133,8 +138,15 @@ def bits_per_token(
     }
 
 
+def _pools(num_items: int) -> list[int]:
+    """Sizes of pools: all of few items are one pool."""
+    return [pool for pool in POOLS if pool <= num_items] or [num_items]
+
+
 def _directions(checkpoint: LoadedCheckpoint, things: Things) -> list[tuple[str, str]]:
     """All ordered pairs of modalities between which there is something to ask."""
+    if len(things.items) < 2:
+        return []
     pairs = list(permutations(things.modalities, 2))
     if getattr(checkpoint.model_args, "bidirectional_images", False):
         # Such a model reads images but does not predict them.
@@ -176,4 +188,5 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _rate(rate: dict[str, float]) -> str:
-    return f"{rate['share']:.1%} ({rate['low_95']:.1%} to {rate['high_95']:.1%})"
+    above = ", above chance" if rate["excludes_chance"] else ""
+    return f"{rate['share']:.1%} ({rate['low_95']:.1%} to {rate['high_95']:.1%}{above})"

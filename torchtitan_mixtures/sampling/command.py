@@ -21,7 +21,7 @@ from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.device import has_accelerator
 from torchtitan_mixtures.sampling.codecs import Codecs, build_codecs
-from torchtitan_mixtures.sampling.generate import Prompt, Sample, generate
+from torchtitan_mixtures.sampling.generate import Prompt, Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, write_results
 from torchtitan_mixtures.sampling.settings import SamplingSettings
 from torchtitan_mixtures.train import user_error
@@ -74,6 +74,11 @@ def run(options: argparse.Namespace) -> None:
     loaded = load_checkpoint(options.checkpoint, device)
     codecs = build_codecs(loaded.job_config)
     requests = build_requests(options, texts, codecs)
+    for request in requests:  # before any is answered
+        try:
+            encode_prompts(loaded.model_args, [request.prompt], request.into, settings, codecs)
+        except ValueError as error:
+            raise ValueError(f"{request.label!r}: {error}") from error
     start = time.perf_counter()
     results = _generate_all(requests, loaded, codecs, settings, options)
     seconds = time.perf_counter() - start
@@ -101,7 +106,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     texts = list(options.prompt)
     if options.prompt_file is not None:
         try:
-            lines = options.prompt_file.read_text(encoding="utf-8").splitlines()
+            lines = options.prompt_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise ValueError(
@@ -142,7 +147,7 @@ def _read_image(path: Path, codecs: Codecs) -> Segment:
     try:
         pixels = decode_image(path.read_bytes(), codecs.image.image_size)
     except Exception as error:  # Pillow raises errors of many kinds on broken files
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        reason = getattr(error, "strerror", None) or "empty, cut off, or of no format Pillow knows"
         raise ValueError(f"--image {path}: cannot be read as an image ({reason}).") from error
     return Segment("image", pixels)
 

@@ -30,18 +30,28 @@ def choose_tokens(
     logits = logits.masked_fill(~allowed, float("-inf"))
     if settings.temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
-    probabilities = (ordered / settings.temperature).softmax(-1)
-    if settings.top_k:
-        probabilities[:, settings.top_k :] = 0
-    if settings.top_p < 1:
-        likelier = probabilities.cumsum(-1) - probabilities  # mass in front of each token
-        probabilities[likelier >= settings.top_p * probabilities.sum(-1, keepdim=True)] = 0
+    probabilities = (logits.double() / settings.temperature).softmax(-1)
+    if settings.top_k or settings.top_p < 1:
+        probabilities = _keep_likeliest(probabilities, settings)
+    # Mass is laid out by token id: by probability, tokens that are nearly as likely would change
+    # places with every rounding, and another number of rows would draw other tokens.
     mass = probabilities.cumsum(-1)
     index = torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)
-    # Rounding may put the number drawn on the end of all mass; a model that has diverged has none.
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
-    return tokens.gather(-1, index.minimum(last).clamp(min=0))[:, 0]
+    # Rounding may put the number drawn on the end of all mass: then the last token that has any.
+    ids = torch.arange(mass.shape[1], device=mass.device)
+    last = torch.where(probabilities > 0, ids, 0).amax(-1, keepdim=True)
+    return index.minimum(last)[:, 0]
+
+
+def _keep_likeliest(probabilities: Tensor, settings: SamplingSettings) -> Tensor:
+    """Set to zero what top-k and top-p leave out, `(rows, vocab)`; of equals the first stay."""
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    if settings.top_k:
+        ordered[:, settings.top_k :] = 0
+    if settings.top_p < 1:
+        likelier = ordered.cumsum(-1) - ordered  # mass in front of each token
+        ordered[likelier >= settings.top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(ordered).scatter(-1, tokens, ordered)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -150,3 +150,43 @@ def test_speech_is_of_the_items_concept_in_a_voice_of_the_split(run_with_speech)
         assert (item.tokens["image"][1:-1] - 2048 == image).all()
         text = checkpoint.text_tokenizer.decode(item.tokens["text"].tolist())
         assert text == with_article(drawing.concept.name)
+
+
+def test_few_items_are_one_pool_and_the_report_says_what_was_asked(run, tmp_path, command):
+    out = tmp_path / "report.json"
+    arguments = ["--splits", "unseen_style", "--items=3", "--max-batches=1", f"--json={out}"]
+    assert command.main([f"--checkpoint={run}", *arguments]) == 0
+    report = json.loads(out.read_text())
+    assert (report["num_items"], report["max_batches"], report["seed"]) == (3, 1, 0)
+    rates = report["splits"]["unseen_style"]["retrieval"]["text>image"]
+    assert list(rates) == ["3"]
+    assert rates["3"]["information"]["chance"] == pytest.approx(1 / 3)
+    assert not rates["3"]["information"]["excludes_chance"]
+    with pytest.raises(SystemExit):  # it exists now
+        command.main([f"--checkpoint={run}", *arguments])
+
+
+def test_what_is_done_is_kept_when_a_run_is_stopped(run, tmp_path, command, monkeypatch):
+    out = tmp_path / "report.json"
+    splits = ["--splits", "unseen_style", "unseen_concept", "--items=2", "--max-batches=1"]
+    original = command.evaluate
+
+    def stop_in_the_second(*arguments, progress, **options):
+        def stop(message):
+            progress(message)
+            if message.startswith("unseen_concept"):
+                raise KeyboardInterrupt
+
+        return original(*arguments, progress=stop, **options)
+
+    monkeypatch.setattr(command, "evaluate", stop_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([f"--checkpoint={run}", *splits, f"--json={out}"])
+    assert list(json.loads(out.read_text())["splits"]) == ["unseen_style"]
+
+
+def test_a_device_that_is_not_there_is_named(command, capsys):
+    for device in ("cuda:7", "abacus"):
+        with pytest.raises(SystemExit):
+            command.parse(["--checkpoint=x", f"--device={device}"])
+        assert f"--device {device}: " in capsys.readouterr().err

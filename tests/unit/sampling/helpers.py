@@ -105,6 +105,7 @@ def naive_choice(logits, allowed, uniform, settings):
         if mass < settings.top_p * total:
             kept.append((token, weight))
         mass += weight
+    kept.sort()  # by token id
     target = uniform * sum(weight for _, weight in kept)
     for token, weight in kept:
         target -= weight

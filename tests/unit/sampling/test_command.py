@@ -159,7 +159,10 @@ BROKEN = [
     ((), "nothing to continue: pass --prompt"),
     (("--prompt-file={tmp}/none.txt",), "--prompt-file {tmp}/none.txt: cannot be read"),
     (("--image={tmp}/none.png",), "--image {tmp}/none.png: cannot be read as an image (No such"),
-    (("--image={tmp}/bad.png",), "--image {tmp}/bad.png: cannot be read as an image (Unid"),
+    (
+        ("--image={tmp}/bad.png",),
+        "--image {tmp}/bad.png: cannot be read as an image (empty, cut off",
+    ),
     (("--prompt=x", "--into=speech"), "into = speech: the model has no such modality"),
     (("--speech={tmp}/bad.png",), "--speech {tmp}/bad.png: the model has no speech"),
     (("--prompt", "fox " * 300), "prompt 0 has"),
@@ -236,3 +239,14 @@ def test_sampling_reads_the_weights_of_the_checkpoint(checkpoint, tmp_path):
         logits = model(torch.tensor([tokens + [2048 + code for code in codes]]))[0]
     found = logits[len(tokens) - 1 : -1, 2048:].argmax(-1).tolist()
     assert found == codes
+
+
+def test_no_prompt_is_answered_before_all_are_checked(checkpoint, tmp_path, capsys):
+    long = tmp_path / "long.txt"
+    long.write_text("\ufeffa fox\n" + "word " * 400 + "\n", encoding="utf-8")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main([f"--checkpoint={checkpoint}", f"--prompt-file={long}", f"--out={out}"])
+    message = capsys.readouterr().err
+    assert "word word" in message and "positions" in message
+    assert not out.exists()

@@ -72,7 +72,7 @@ def hotter(model, factor):
 def test_batches_equal_one_document_at_a_time_without_cache(case):
     into, fields = CASES[case]
     settings = SamplingSettings(**SHORT, **fields)
-    model = hotter(tiny_model(), 12)
+    model = hotter(tiny_model(), 8)
     samples = generate(model, PROMPTS, into, settings, codecs(), num_samples=2, batch_size=7)
     assert [(s.prompt, s.number) for s in samples] == [(n // 2, n) for n in range(10)]
     lengths = set()
@@ -158,7 +158,7 @@ def test_guidance_of_zero_forgets_the_prompt_and_of_one_is_none(model):
 
 
 def test_stopping_early_saves_steps_and_changes_nothing():
-    model = hotter(tiny_model(), 30)
+    model = hotter(tiny_model(), 8)
     settings = SamplingSettings(max_text_tokens=50, seed=1)
 
     def draw(stops_early):
