@@ -103,3 +103,15 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path):
 def test_what_is_no_waveform_is_refused(tmp_path: Path, waveform, message):
     with pytest.raises(ValueError, match=message):
         write_wav(tmp_path / "a.wav", waveform, RATE)
+
+
+def test_files_without_sound_are_named_with_a_reason(tmp_path: Path):
+    (tmp_path / "empty.wav").touch()
+    write_wav(tmp_path / "silent.wav", np.zeros(0, np.float32), 16_000)
+    for name, reason in (
+        ("empty.wav", r"empty.wav \(no header\); expected an uncompressed"),
+        ("silent.wav", "silent.wav holds no sound"),
+        ("missing.wav", r"missing.wav \(No such file or directory\)$"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read_wav(tmp_path / name, 16_000)
