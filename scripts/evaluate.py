@@ -19,7 +19,7 @@ import torch
 
 from torchtitan_mixtures.checkpoint_loading import load_checkpoint
 from torchtitan_mixtures.evaluation.report import evaluate, format_report
-from torchtitan_mixtures.train import user_error
+from torchtitan_mixtures.user_errors import one_message
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
         unfinished.replace(path)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     """Evaluate as the command line says; the table goes to stdout, progress to stderr."""
     options = parse(arguments)
     start = time.perf_counter()
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     def progress(message: str) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {message}", file=sys.stderr, flush=True)
 
-    try:
+    with one_message():
         report = evaluate(
             load_checkpoint(options.checkpoint, options.device),
             options.splits,
@@ -85,15 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
             progress=progress,
             keep=partial(write_json, options.json),
         )
-    except ValueError as error:
-        message = user_error(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    print(format_report(report))
-    return 0
+        print(format_report(report))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,20 +9,19 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import cast
 
 # First: it points TorchTitan at the CPU if need be, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_mixtures.checks import check_arguments, check_job
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.trainer import MixtureTrainer
+from torchtitan_mixtures.user_errors import one_message
 
 
 def parse_job(
@@ -59,26 +58,6 @@ def quiet_the_host() -> None:
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
 
 
-def is_ours(error: BaseException) -> bool:
-    """Say whether code of this package raised an error, and not a library under it."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    package = Path(__file__).parent
-    return frame is not None and package in Path(frame.tb_frame.f_code.co_filename).parents
-
-
-def user_error(error: Exception) -> str | None:
-    """Message for whoever launched the job, if the error is about what was asked for."""
-    if isinstance(error, CheckpointException):
-        # DCP wraps what a rank raised while it loaded its state.
-        causes = [failure[0] for failure in error.failures.values()]
-        return user_error(causes[0]) if causes and isinstance(causes[0], Exception) else None
-    if isinstance(error, ValueError) and is_ours(error):
-        return str(error)
-    return None
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the arguments say.
 
@@ -87,15 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     init_logger()
     quiet_the_host()
-    try:
+    # Not a clean exit: other ranks may be waiting in a collective.
+    with one_message(leave=os._exit):
         train(parse_job(sys.argv[1:] if arguments is None else arguments))
-    except Exception as error:  # of any kind, to tell the user's from ours; those are raised again
-        message = user_error(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        # Other ranks may be waiting in a collective; nothing is left to be torn down in order.
-        os._exit(2)
 
 
 def train(job_config: MixtureJobConfig) -> None:

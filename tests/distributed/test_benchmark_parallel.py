@@ -176,7 +176,7 @@ def test_a_layout_that_fails_gives_the_first_line_of_its_error(scripts):
 
 
 def test_an_unknown_collective_stops_the_count(scripts):
-    with pytest.raises(NotImplementedError, match="broadcast_"):
+    with pytest.raises(scripts.benchmark_ranks.UnknownCollectiveError, match="broadcast_"):
         scripts.benchmark_ranks.Traffic(2)._book("broadcast_", ([torch.ones(2)], None))
 
 

@@ -19,7 +19,7 @@ from torchtitan_mixtures.checks import (
     require_checked,
 )
 from torchtitan_mixtures.job_config import Mixture, Multimodal
-from torchtitan_mixtures.train import user_error
+from torchtitan_mixtures.user_errors import one_message, user_error
 
 CODEBOOK = ROOT / "torchtitan_mixtures/data/corpora/emoji/codebook_speech.safetensors"
 DEBUG = (TRAIN_CONFIGS / "mot" / "debugmodel.toml").read_text()
@@ -198,7 +198,9 @@ def test_a_damaged_corpus_is_named_with_its_remedy(name, damage, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_only_errors_of_ours_are_taken_for_the_users():
+def test_only_errors_of_ours_are_taken_for_the_users(capsys):
+    codes = []
+
     def caught(function, *arguments):
         try:
             function(*arguments)
@@ -213,3 +215,17 @@ def test_only_errors_of_ours_are_taken_for_the_users():
     wrapped = CheckpointException("load", {0: (ours, StackSummary())})
     assert user_error(wrapped) == str(ours)
     assert user_error(CheckpointException("load", {0: (theirs, StackSummary())})) is None
+    # What DCP wraps is no `Exception`: it must be caught all the same.
+    for error, left in ((ours, [2]), (wrapped, [2, 2])):
+        with one_message(leave=codes.append):
+            raise error
+        assert codes == left
+    assert capsys.readouterr().err == f"error: {ours}\n" * 2
+    for fault in (
+        theirs,
+        KeyError("x"),
+        CheckpointException("load", {0: (theirs, StackSummary())}),
+    ):
+        with pytest.raises(type(fault)), one_message(leave=codes.append):
+            raise fault
+    assert codes == [2, 2]

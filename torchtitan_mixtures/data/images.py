@@ -23,16 +23,23 @@ def decode_image(value: Any, size: int) -> NDArray[np.uint8]:
         `(size, size, 3)` uint8, RGB.
 
     Raises:
-        Exception: Whatever Pillow raises on a broken file; `ValueError` for a value of another
-            kind; `DecompressionBombWarning` for a picture that unpacks to an absurd size.
+        ValueError: A broken file, a picture that unpacks to an absurd size, or a value of another
+            kind; the cause is what the library below raised.
     """
-    with warnings.catch_warnings():
-        # Pillow only warns up to twice its limit: enough to fill the memory of many workers.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = _open_image(value)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = _to_rgb(image.crop((left, top, left + side, top + side)))
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns up to twice its limit: enough to fill the memory of many workers.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = _open_image(value)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = _to_rgb(image.crop((left, top, left + side, top + side)))
+    except MemoryError:
+        raise  # of this machine, not of the file
+    # On broken bytes Pillow's formats raise OSError, SyntaxError, struct.error, zlib.error,
+    # IndexError and more, and a remote path what its file system raises: no class is narrower.
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
 
 

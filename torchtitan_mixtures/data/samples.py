@@ -61,8 +61,7 @@ class SampleJudge:
         """Count, log and judge a bad sample."""
         counts.bad += 1
         # Without the addresses of objects, which say nothing and differ from run to run.
-        reason = f"{type(error).__name__}: {error}"
-        self._last_reason = re.sub(r"<\S+ object at 0x\w+>", "it", reason)
+        self._last_reason = re.sub(r"<\S+ object at 0x\w+>", "it", str(error))
         if len(counts.bad_keys) < _MAX_KEYS:
             counts.bad_keys.append(key)
         seen, bad = self._totals()
@@ -134,9 +133,7 @@ class SampleReader:
             caption = choose_caption(sample.get(self._config.caption_column), rng.random())
             value = self._resolve(sample.get(self._config.image_column))
             image = decode_image(value, self._image_size)
-        except MemoryError:
-            raise
-        except Exception as error:  # what Pillow raises on broken files has no common base
+        except (ValueError, OSError) as error:  # the latter of paths no file system can have
             self._judge.count_bad(self._counts, key, error)
             return None
         self._counts.good_in_epoch += 1

@@ -301,10 +301,12 @@ def build_text_tokenizer(name: str) -> TextTokenizer:
 def _read_tokenizer(path: Path) -> tuple[Tokenizer, Sentinels]:
     try:
         content = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(content)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} ({error}); expected a tokenizer.json") from error
-    except Exception as error:  # the library raises bare Exception on content it cannot parse
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    # `from_str` is compiled from Rust and raises `Exception` itself, no subclass of it.
+    except Exception as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
     added = tokenizer.get_added_tokens_decoder()
     sentinels = find_sentinels({token.content: index for index, token in added.items()}, path)

@@ -24,7 +24,7 @@ from torchtitan_mixtures.sampling.codecs import Codecs, build_codecs
 from torchtitan_mixtures.sampling.generate import Prompt, Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, write_results
 from torchtitan_mixtures.sampling.settings import SamplingSettings
-from torchtitan_mixtures.train import user_error
+from torchtitan_mixtures.user_errors import one_message
 
 DEFAULT_OUT = Path("outputs/samples")
 MODALITIES = ("text", "image", "speech")
@@ -45,14 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     What is wrong with it, or with a file it names, is printed as one line, with exit code 2.
     """
     options = _parser().parse_args(arguments)
-    try:
+    with one_message():
         run(options)
-    except Exception as error:  # of any kind, to tell the user's from ours; those are raised again
-        message = user_error(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -146,9 +140,10 @@ def build_requests(
 def _read_image(path: Path, codecs: Codecs) -> Segment:
     try:
         pixels = decode_image(path.read_bytes(), codecs.image.image_size)
-    except Exception as error:  # Pillow raises errors of many kinds on broken files
-        reason = getattr(error, "strerror", None) or "empty, cut off, or of no format Pillow knows"
-        raise ValueError(f"--image {path}: cannot be read as an image ({reason}).") from error
+    except OSError as error:
+        raise ValueError(f"--image {path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ValueError(f"--image {path}: cannot be read as an image ({error}).") from error
     return Segment("image", pixels)
 
 
