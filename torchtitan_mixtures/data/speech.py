@@ -16,12 +16,15 @@ from typing import Protocol
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from torchtitan_mixtures.data.audio import check_waveform
 from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER
-from torchtitan_mixtures.data.tokenizers import check_embedded_files, nearest_centres
+from torchtitan_mixtures.data.tokenizers import (
+    check_codes,
+    find_codebook,
+    nearest_centres,
+    read_codebook,
+)
 
 SPEECH_TOKENIZERS = {"emoji_25hz": EMBEDDED_FOLDER / "codebook_speech.safetensors"}
 """Names of the embedded speech tokenizers and their files."""
@@ -87,7 +90,7 @@ class LogMelCodebook:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        centres, self.sample_rate = _read_codebook(self.path)
+        centres, self.sample_rate = _read_stretches(self.path)
         self.num_codes, self.frames_per_unit, self.num_bands = centres.shape
         self.units_per_second = FRAMES_PER_SECOND / self.frames_per_unit
         self.centres = centres.reshape(self.num_codes, -1)  # (codes, frames * bands)
@@ -117,11 +120,7 @@ class LogMelCodebook:
                 f"units of shape {units.shape} and dtype {units.dtype} do not fit codebook "
                 f"{self.path}; expected (units,) integers"
             )
-        if units.size and (units.min() < 0 or units.max() >= self.num_codes):
-            raise ValueError(
-                f"units span [{units.min()}, {units.max()}]; codebook {self.path} "
-                f"has units 0 to {self.num_codes - 1}"
-            )
+        check_codes(units, self.num_codes, self.path)
         return units.astype(np.int64)
 
 
@@ -131,37 +130,19 @@ def build_speech_tokenizer(name: str) -> SpeechTokenizer:
     Raises:
         ValueError: `name` is neither, or the file is not a codebook.
     """
-    path = SPEECH_TOKENIZERS.get(name, Path(name))
-    if name in SPEECH_TOKENIZERS:
-        check_embedded_files()
-    elif not path.is_file():
-        raise ValueError(
-            f"multimodal.speech_tokenizer = {name!r} is unknown; use "
-            f"{' or '.join(SPEECH_TOKENIZERS)}, or the path of a codebook file"
-        )
-    return LogMelCodebook(path)
+    return LogMelCodebook(find_codebook("speech_tokenizer", name, SPEECH_TOKENIZERS))
 
 
-def _read_codebook(path: Path) -> tuple[NDArray[np.uint8], int]:
-    expected = (
-        "expected a speech codebook: safetensors with `centres`, (codes, frames, bands) uint8, and "
-        f"`sample_rate`, (1,) int64, a multiple of {2 * FRAMES_PER_SECOND}"
+def _read_stretches(path: Path) -> tuple[NDArray[np.uint8], int]:
+    centres, sample_rate, described = read_codebook(
+        path,
+        "sample_rate",
+        3,
+        "expected a speech codebook: safetensors with `centres`, (codes, frames, bands) uint8, "
+        f"and `sample_rate`, (1,) int64, a multiple of {2 * FRAMES_PER_SECOND}",
     )
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path} ({error}); {expected}") from error
-    if set(tensors) != {"centres", "sample_rate"}:
-        raise ValueError(f"{path} holds {sorted(tensors)}; {expected}")
-    centres, rate = tensors["centres"], tensors["sample_rate"]
-    described = (
-        f"{path} has centres {centres.shape} {centres.dtype}, sample_rate {rate.shape} {rate.dtype}"
-    )
-    if centres.dtype != np.uint8 or centres.ndim != 3 or rate.dtype != np.int64 or rate.size != 1:
-        raise ValueError(f"{described}; {expected}")
-    sample_rate = int(rate.item())
     if not centres.size or sample_rate < 1 or sample_rate % (2 * FRAMES_PER_SECOND):
-        raise ValueError(f"{described} = {sample_rate}; {expected}")
+        raise ValueError(described)
     return centres, sample_rate
 
 

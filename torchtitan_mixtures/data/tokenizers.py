@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
@@ -71,7 +72,7 @@ class PatchCodebook:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        centres, self.image_size = _read_codebook(self.path)
+        centres, self.image_size = _read_patches(self.path)
         self.num_codes, self.patch_size = centres.shape[:2]
         self.codes_per_image = (self.image_size // self.patch_size) ** 2
         self.centres = centres.reshape(self.num_codes, -1)  # (codes, patch * patch * 3)
@@ -95,11 +96,7 @@ class PatchCodebook:
                 f"codes of shape {codes.shape} do not fit codebook {self.path}; "
                 f"expected (batch, {self.codes_per_image})"
             )
-        if codes.size and (codes.min() < 0 or codes.max() >= self.num_codes):
-            raise ValueError(
-                f"codes span [{codes.min()}, {codes.max()}]; codebook {self.path} "
-                f"has codes 0 to {self.num_codes - 1}"
-            )
+        check_codes(codes, self.num_codes, self.path)
         grid, patch = self.image_size // self.patch_size, self.patch_size
         patches = self.centres[codes].reshape(-1, grid, grid, patch, patch, 3)
         rows = patches.transpose(0, 1, 3, 2, 4, 5)  # (batch, grid, patch, grid, patch, 3)
@@ -153,15 +150,42 @@ def build_image_tokenizer(name: str) -> ImageTokenizer:
     Raises:
         ValueError: `name` is neither, or the file is not a codebook.
     """
-    path = IMAGE_TOKENIZERS.get(name, Path(name))
-    if name in IMAGE_TOKENIZERS:
+    return PatchCodebook(find_codebook("image_tokenizer", name, IMAGE_TOKENIZERS))
+
+
+def check_codes(codes: NDArray, num_codes: int, path: Path) -> None:
+    """Check that a codebook has all of some codes.
+
+    Raises:
+        ValueError: It does not; names its file and the range.
+    """
+    if codes.size and (codes.min() < 0 or codes.max() >= num_codes):
+        raise ValueError(
+            f"codes span [{codes.min()}, {codes.max()}]; codebook {path} has codes 0 to "
+            f"{num_codes - 1}"
+        )
+
+
+def find_codebook(key: str, name: str, embedded: Mapping[str, Path]) -> Path:
+    """The file of an embedded codebook, or the one that `name` is the path of.
+
+    Args:
+        key: The key of `[multimodal]` that says `name`, for the message.
+        name: A name in `embedded`, or a path.
+        embedded: Files of the embedded codebooks.
+
+    Raises:
+        ValueError: `name` is neither, or an embedded file is missing or damaged.
+    """
+    path = embedded.get(name, Path(name))
+    if name in embedded:
         check_embedded_files()
     elif not path.is_file():
         raise ValueError(
-            f"multimodal.image_tokenizer = {name!r} is unknown; use "
-            f"{' or '.join(IMAGE_TOKENIZERS)}, or the path of a codebook file"
+            f"multimodal.{key} = {name!r} is unknown; use {' or '.join(embedded)}, or the path of "
+            "a codebook file"
         )
-    return PatchCodebook(path)
+    return path
 
 
 @functools.cache
@@ -170,27 +194,51 @@ def check_embedded_files() -> None:
     check_files(EMBEDDED_FOLDER)
 
 
-def _read_codebook(path: Path) -> tuple[NDArray[np.uint8], int]:
-    expected = (
-        "expected a patch codebook: safetensors with `centres`, (codes, patch, patch, 3) uint8, "
-        "and `image_size`, (1,) int64, a multiple of patch"
-    )
+def read_codebook(
+    path: Path, measure: str, num_axes: int, expected: str
+) -> tuple[NDArray[np.uint8], int, str]:
+    """Read a codebook: safetensors with `centres` and one number that says what they are of.
+
+    Args:
+        path: The file.
+        measure: Name of the number, an entry `(1,)` int64.
+        num_axes: Axes of `centres`, which are uint8.
+        expected: What such a file holds, for the messages.
+
+    Returns:
+        The centres, the number, and a description of both for the caller's own checks.
+
+    Raises:
+        ValueError: Not such a file; names it, what it holds and what is expected.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path} ({error}); {expected}") from error
-    if set(tensors) != {"centres", "image_size"}:
+    if set(tensors) != {"centres", measure}:
         raise ValueError(f"{path} holds {sorted(tensors)}; {expected}")
-    centres, size = tensors["centres"], tensors["image_size"]
+    centres, number = tensors["centres"], tensors[measure]
     described = (
-        f"{path} has centres {centres.shape} {centres.dtype}, image_size {size.shape} {size.dtype}"
+        f"{path} has centres {centres.shape} {centres.dtype}, {measure} {number.shape} "
+        f"{number.dtype}"
     )
-    if centres.dtype != np.uint8 or centres.ndim != 4 or size.dtype != np.int64 or size.size != 1:
+    is_centres = centres.dtype == np.uint8 and centres.ndim == num_axes
+    if not is_centres or number.dtype != np.int64 or number.size != 1:
         raise ValueError(f"{described}; {expected}")
+    return centres, int(number.item()), f"{described} = {number.item()}; {expected}"
+
+
+def _read_patches(path: Path) -> tuple[NDArray[np.uint8], int]:
+    centres, image_size, described = read_codebook(
+        path,
+        "image_size",
+        4,
+        "expected a patch codebook: safetensors with `centres`, (codes, patch, patch, 3) uint8, "
+        "and `image_size`, (1,) int64, a multiple of patch",
+    )
     codes, height, width, channels = centres.shape
-    image_size = int(size.item())
     if not codes or height != width or channels != 3 or image_size < 1 or image_size % height:
-        raise ValueError(f"{described} = {image_size}; {expected}")
+        raise ValueError(described)
     return centres, image_size
 
 

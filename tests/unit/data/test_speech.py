@@ -141,7 +141,7 @@ def test_griffin_lim_comes_near_the_magnitudes(corpus, tokenizer: LogMelCodebook
 
 def test_units_and_waveforms_that_do_not_fit_are_refused(tokenizer: LogMelCodebook):
     for units, message in (
-        (np.array([0, 512]), r"span \[0, 512\].*units 0 to 511"),
+        (np.array([0, 512]), r"span \[0, 512\].*codes 0 to 511"),
         (np.array([-1]), r"span \[-1, -1\]"),
         (np.zeros((1, 2), np.int64), r"shape \(1, 2\)"),
         (np.array([0.5]), "dtype float64"),
