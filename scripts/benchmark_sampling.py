@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from torchtitan_mixtures import benchmark as measure
 from torchtitan_mixtures.benchmark import Table
+from torchtitan_mixtures.data.codecs import Codecs, build_codecs
 from torchtitan_mixtures.data.sources import Segment
-from torchtitan_mixtures.sampling.codecs import Codecs, build_codecs
 from torchtitan_mixtures.sampling.generate import encode_prompts, generate
 from torchtitan_mixtures.sampling.settings import SamplingSettings
 

@@ -25,13 +25,7 @@ from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config
-from torchtitan_mixtures.data.loader import build_multimodal_tokenizer, find_modalities
-from torchtitan_mixtures.data.packing import Modalities
-from torchtitan_mixtures.data.tokenizers import (
-    ImageTokenizer,
-    TextTokenizer,
-    build_image_tokenizer,
-)
+from torchtitan_mixtures.data.codecs import Codecs, build_codecs
 from torchtitan_mixtures.job_config import JobConfig, MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
 
@@ -53,9 +47,8 @@ class LoadedCheckpoint:
     job_config: MixtureJobConfig
     """That of the run."""
 
-    text_tokenizer: TextTokenizer
-    image_tokenizer: ImageTokenizer
-    modalities: Modalities
+    codecs: Codecs
+    """The tokenizers it was trained with."""
 
 
 def find_checkpoint(folder: str | Path) -> Path:
@@ -95,8 +88,8 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> L
     path = find_checkpoint(folder)
     saved = checkpoint_config.read(path)
     job_config, model_args = _rebuild(path, saved)
-    text_tokenizer = build_multimodal_tokenizer(job_config)
-    modalities = find_modalities(job_config, text_tokenizer)
+    codecs = build_codecs(job_config)
+    modalities = codecs.modalities
     ranges = saved.get("vocab_ranges")
     if ranges != {
         name: list(limits)
@@ -119,9 +112,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> L
         model=model.eval(),
         model_args=model_args,
         job_config=job_config,
-        text_tokenizer=text_tokenizer,
-        image_tokenizer=build_image_tokenizer(job_config.multimodal.image_tokenizer),
-        modalities=modalities,
+        codecs=codecs,
     )
 
 

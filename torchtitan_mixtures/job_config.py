@@ -20,7 +20,7 @@ from torchtitan.config import JobConfig as HostJobConfig
 from tyro.constructors import PrimitiveConstructorSpec
 
 from torchtitan_mixtures.config_values import check_section
-from torchtitan_mixtures.sampling.settings import check_values
+from torchtitan_mixtures.sampling.settings import SamplingSettings, check_values
 
 
 def _parse_numbers(text: str) -> dict[str, float]:
@@ -189,8 +189,11 @@ class Mixture:
 
 
 @dataclass
-class Sampling:
-    """Samples drawn while training goes on, written to TensorBoard or Weights & Biases."""
+class Sampling(SamplingSettings):
+    """Samples drawn while training goes on, written to TensorBoard or Weights & Biases.
+
+    The seed is the same at every interval, so that only the model changes.
+    """
 
     interval: int = 0
     """Draw samples every so many steps. 0 = never."""
@@ -203,27 +206,6 @@ class Sampling:
 
     num_samples: int = 2
     """Samples of each prompt."""
-
-    temperature: float = 1.0
-    """Divides the logits. 0 = always the likeliest token."""
-
-    top_k: int = 0
-    """Choose among this many likeliest tokens. 0 = all."""
-
-    top_p: float = 1.0
-    """Choose among the fewest likeliest tokens that have this probability together."""
-
-    guidance: float = 1.0
-    """Classifier-free guidance of images by what precedes them. 1 = none."""
-
-    seed: int = 0
-    """Seed of the samples. The same at every interval, so that only the model changes."""
-
-    max_text_tokens: int = 64
-    """Longest text."""
-
-    max_speech_seconds: float = 4.0
-    """Longest speech."""
 
     def __post_init__(self) -> None:
         check_section("sampling", self)

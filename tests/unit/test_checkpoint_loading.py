@@ -28,7 +28,7 @@ def test_the_newest_whole_checkpoint_is_found(saved, name):
     run, model = saved
     loaded = load_checkpoint(run / name)
     assert (loaded.path, loaded.step) == (run / "checkpoint/step-20", 20)
-    assert loaded.modalities.vocab_ranges == ((0, 2048), (2048, 3072))
+    assert loaded.codecs.modalities.vocab_ranges == ((0, 2048), (2048, 3072))
     assert not loaded.model.training
     weights = dict(loaded.model.named_parameters())
     assert weights.keys() == dict(model.named_parameters()).keys()

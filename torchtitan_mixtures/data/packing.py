@@ -227,6 +227,20 @@ def choose_documents(lengths: Sequence[int], space: int) -> list[int]:
     return chosen
 
 
+def number_runs(is_image: NDArray[np.bool_]) -> Tokens:
+    """Number the images of each sequence: runs of codes, which sentinels keep apart.
+
+    Args:
+        is_image: Whether a token is a code of an image, `(batch, seq)`.
+
+    Returns:
+        `(batch, seq)` int64, from 0 on in each sequence, -1 outside images.
+    """
+    is_start = is_image.copy()
+    is_start[:, 1:] &= ~is_image[:, :-1]
+    return np.where(is_image, is_start.cumsum(axis=1) - 1, -1)
+
+
 class BatchBuilder:
     """Turns packed sequences into the arrays of the batch contract (`data/batch.py`).
 
@@ -256,7 +270,7 @@ class BatchBuilder:
         self._modality_of_token = np.repeat(np.arange(len(sizes), dtype=np.int8), sizes)
         self._num_modalities = len(sizes)
         names = modalities.names
-        self._image = names.index("image") if "image" in names else None
+        self._image = names.index("image") if "image" in names else -1  # no token's modality
         self._weights = np.array(weights, np.float32)
         self._has_unsupervised = 0 in weights
         self._has_weights = any(weight not in (0, 1) for weight in weights)
@@ -298,7 +312,7 @@ class BatchBuilder:
             "input": tokens,
             "modality_masks": masks,
             "document_ids": document_ids,
-            "image_ids": self._image_ids(modality),
+            "image_ids": number_runs(modality == self._image),
             "positions": self._positions(is_last),
         }
         if self._has_unsupervised or self._has_weights:
@@ -308,15 +322,6 @@ class BatchBuilder:
                 weights[labels == IGNORE_INDEX] = 0
                 arrays["loss_weights"] = weights
         return arrays, labels
-
-    def _image_ids(self, modality: NDArray[np.int8]) -> Tokens:
-        """Number the runs of image codes; sentinels keep neighbouring images apart."""
-        if self._image is None:
-            return np.full(modality.shape, -1, np.int64)
-        is_image = modality == self._image
-        is_start = is_image.copy()
-        is_start[:, 1:] &= ~is_image[:, :-1]
-        return np.where(is_image, is_start.cumsum(axis=1) - 1, -1)
 
     def _positions(self, is_last: NDArray[np.bool_]) -> Tokens:
         positions = np.broadcast_to(np.arange(self._seq_len), is_last.shape)

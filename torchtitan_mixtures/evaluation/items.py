@@ -62,17 +62,17 @@ def draw_things(checkpoint: LoadedCheckpoint, split: str, count: int, seed: int)
     """
     job_config = checkpoint.job_config
     encoder = DocumentEncoder(
-        checkpoint.text_tokenizer,
-        checkpoint.image_tokenizer,
-        checkpoint.modalities,
+        checkpoint.codecs.text,
+        checkpoint.codecs.image,
+        checkpoint.codecs.modalities,
         checkpoint.model_args.max_seq_len,
     )
-    sentinels = checkpoint.text_tokenizer.sentinels
+    sentinels = checkpoint.codecs.text.sentinels
     if job_config.multimodal.source == "emoji":
         corpus = EmojiCorpus.load()
         drawings = choose_drawings(corpus.drawings(split), count, seed)
         names = choose_names(corpus, drawings, seed)
-        voices = voices_of(split) if "speech" in checkpoint.modalities.names else ()
+        voices = voices_of(split) if "speech" in checkpoint.codecs.modalities.names else ()
         return Things(
             _emoji_items(checkpoint, corpus, drawings, encoder, voices),
             sentinels.bos,
@@ -85,9 +85,9 @@ def draw_things(checkpoint: LoadedCheckpoint, split: str, count: int, seed: int)
     source = build_source(
         job_config.multimodal,
         split,
-        checkpoint.image_tokenizer,
+        checkpoint.codecs.image,
         False,
-        checkpoint.modalities.names,
+        checkpoint.codecs.modalities.names,
     )
     (documents,) = source.shards([0], 1)
     items = []
@@ -142,7 +142,7 @@ def _emoji_items(
     encoder: DocumentEncoder,
     voices: Sequence[str],
 ) -> list[Item]:
-    tokenizer = checkpoint.image_tokenizer
+    tokenizer = checkpoint.codecs.image
     images = tokenizer.encode(corpus.images(drawings, tokenizer.image_size))
     items = []
     for number, (drawing, image) in enumerate(zip(drawings, images, strict=True)):

@@ -34,13 +34,13 @@ def splits_of(checkpoint: LoadedCheckpoint, wanted: Sequence[str]) -> list[str]:
     data = checkpoint.job_config.multimodal
     if data.source != "emoji":
         return list(wanted or dict.fromkeys([data.train_split, *data.validation_splits]))
-    has_speech = "speech" in checkpoint.modalities.names
+    has_speech = "speech" in checkpoint.codecs.modalities.names
     known = (*SPLITS, UNSEEN_VOICE) if has_speech else SPLITS
     unknown = [split for split in wanted if split not in known]
     if unknown:
         raise ValueError(
             f"split {unknown[0]!r} is unknown; the splits of the embedded corpus for a model of "
-            f"{', '.join(checkpoint.modalities.names)} are {', '.join(known)}."
+            f"{', '.join(checkpoint.codecs.modalities.names)} are {', '.join(known)}."
         )
     return list(wanted or known)
 
@@ -116,14 +116,14 @@ def bits_per_token(
     Returns:
         For each modality with targets: `bits_per_token` and the number of `targets`.
     """
-    model, modalities = checkpoint.model, checkpoint.modalities
+    model, modalities = checkpoint.model, checkpoint.codecs.modalities
     device = next(model.parameters()).device
     settings = checkpoint.job_config.validation
     settings.steps = max_batches
     # A run without validation did not care for the length of its sequences.
     settings.seq_len = min(settings.seq_len, checkpoint.model_args.max_seq_len)
     loader = build_multimodal_validation_dataloader(
-        1, 0, checkpoint.text_tokenizer, checkpoint.job_config, split
+        1, 0, checkpoint.codecs.text, checkpoint.job_config, split
     )
     loss = NextTokenLoss(modalities.vocab_ranges, modalities.names)
     for input_dict, labels in loader:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
@@ -17,10 +17,10 @@ import torch
 
 from torchtitan_mixtures.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 from torchtitan_mixtures.data.audio import read_wav
+from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.device import has_accelerator
-from torchtitan_mixtures.sampling.codecs import Codecs, build_codecs
 from torchtitan_mixtures.sampling.generate import Prompt, Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, write_results
 from torchtitan_mixtures.sampling.settings import SamplingSettings
@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the option or file, what is wrong and what would be right.
     """
-    settings = SamplingSettings.of(options)
+    settings = SamplingSettings(
+        **{field.name: getattr(options, field.name) for field in fields(SamplingSettings)}
+    )
     for name in ("num_samples", "batch_size"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     if has_accelerator():
         device = torch.accelerator.current_accelerator() or device
     loaded = load_checkpoint(options.checkpoint, device)
-    codecs = build_codecs(loaded.job_config)
+    codecs = loaded.codecs
     requests = build_requests(options, texts, codecs)
     for request in requests:  # before any is answered
         try:

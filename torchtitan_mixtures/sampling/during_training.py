@@ -13,14 +13,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.data.codecs import build_codecs
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.media import Media
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
-from torchtitan_mixtures.sampling.codecs import build_codecs
 from torchtitan_mixtures.sampling.generate import Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, decode_speech, draw_sheet
-from torchtitan_mixtures.sampling.settings import SamplingSettings
 
 
 def check_sampling(job_config: MixtureJobConfig, model_args: Any) -> None:
@@ -44,7 +43,7 @@ def check_sampling(job_config: MixtureJobConfig, model_args: Any) -> None:
             model_args,
             [(Segment("text", text),) for text in config.prompts],
             config.into,
-            SamplingSettings.of(config),
+            config,
             build_codecs(job_config),
         )
     except ValueError as error:
@@ -57,7 +56,6 @@ class TrainingSampler:
     def __init__(self, job_config: MixtureJobConfig, processor: MixtureMetricsProcessor) -> None:
         """Take a job that passed `check_sampling`, and where its metrics go."""
         self._config = job_config.sampling
-        self._settings = SamplingSettings.of(self._config)
         self._codecs = build_codecs(job_config)
         self._processor = processor
 
@@ -79,7 +77,7 @@ class TrainingSampler:
                 model,
                 [(Segment("text", text),) for text in config.prompts],
                 config.into,
-                self._settings,
+                config,
                 self._codecs,
                 num_samples=config.num_samples,
                 # Ranks may differ in a rounding, and so in a token, but not in their collectives.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from torchtitan_mixtures.data.packing import DocumentEncoder, Modalities
+from torchtitan_mixtures.data.codecs import Codecs
+from torchtitan_mixtures.data.packing import DocumentEncoder, Modalities, number_runs
 from torchtitan_mixtures.data.sources import Document, Segment
 from torchtitan_mixtures.sampling.cache import CachedModel, cached_attention
-from torchtitan_mixtures.sampling.codecs import Codecs
 from torchtitan_mixtures.sampling.decoding import choose_tokens, draw_uniforms, guide
 from torchtitan_mixtures.sampling.grammar import Grammar, Phase, plan_phases
 from torchtitan_mixtures.sampling.settings import SamplingSettings
@@ -309,9 +309,7 @@ def number_images(tokens: Tensor, modalities: Modalities) -> Tensor:
         return torch.full_like(tokens, -1)
     low, high = modalities.vocab_ranges[modalities.names.index("image")]
     is_image = (tokens >= low) & (tokens < high)
-    is_start = is_image.clone()
-    is_start[:, 1:] &= ~is_image[:, :-1]
-    return torch.where(is_image, is_start.cumsum(1) - 1, -1)
+    return torch.from_numpy(number_runs(is_image.cpu().numpy())).to(tokens.device)
 
 
 def _as_segment(name: str, tokens: Tensor, codecs: Codecs) -> Segment:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from torchtitan_mixtures.data.audio import write_wav
+from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.sources import Segment
-from torchtitan_mixtures.sampling.codecs import Codecs
 from torchtitan_mixtures.sampling.generate import Sample
 from torchtitan_mixtures.sampling.pictures import SheetRow, contact_sheet
 

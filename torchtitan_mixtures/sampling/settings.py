@@ -1,15 +1,14 @@
 """How samples are drawn; the numbers that a command line and a TOML have in common."""
 
-# Imported by job_config.py: nothing here may import the rest of the package.
-
-from __future__ import annotations
+# `[sampling]` of job_config.py inherits the fields: nothing here may import the rest of the
+# package, and no `from __future__ import annotations`: TorchTitan wants their real types.
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingSettings:
     """How tokens are chosen, and how many at most."""
 
@@ -37,11 +36,6 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_values(self, "")
-
-    @classmethod
-    def of(cls, values: Any) -> SamplingSettings:
-        """Take the settings out of an object that has attributes of the same names."""
-        return cls(**{field.name: getattr(values, field.name) for field in fields(cls)})
 
 
 def check_values(values: Any, prefix: str) -> None:

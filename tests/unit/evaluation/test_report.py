@@ -147,9 +147,9 @@ def test_speech_is_of_the_items_concept_in_a_voice_of_the_split(run_with_speech)
     ):
         units = item.tokens["speech"][1:-1] - (2048 + 1024)
         assert (units == corpus.spoken(drawing.concept, VOICES[-1])).all()
-        image = checkpoint.image_tokenizer.encode(corpus.image(drawing, 32)[None])[0]
+        image = checkpoint.codecs.image.encode(corpus.image(drawing, 32)[None])[0]
         assert (item.tokens["image"][1:-1] - 2048 == image).all()
-        text = checkpoint.text_tokenizer.decode(item.tokens["text"].tolist())
+        text = checkpoint.codecs.text.decode(item.tokens["text"].tolist())
         assert text == with_article(drawing.concept.name)
 
 
