@@ -108,6 +108,7 @@ class TrainingSampler:
                         lines.append(f"    {result.prompt!r} -> {segment.payload!r}")
                     elif segment.modality == "speech":
                         name = f"samples/speech_{sample.number}_{part}"
+                        lines.append(f"    {result.prompt!r} -> {name}")
                         sounds[name] = decode_speech(segment, self._codecs)
         return Media(images, {"samples/texts": "\n".join(lines)} if lines else {}, sounds)
 

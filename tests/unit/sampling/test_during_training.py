@@ -137,6 +137,9 @@ def test_all_modalities_are_sampled_and_the_clock_starts_anew(processor, tmp_pat
     assert events.Tags()["images"] == ["samples/images"]
     assert events.Tags()["audio"] == [f"samples/speech_{number}_2" for number in range(3)]
     ((entries, _),) = processor.remote_calls
-    assert entries["samples/texts"][1].count("&#x27;a fox&#x27; -&gt; ") == 3
+    listed = entries["samples/texts"][1]
+    assert listed.count("&#x27;a fox&#x27; -&gt; ") == 3 + 3  # texts and sounds
+    for number in range(3):  # the sounds have no label of their own
+        assert f"&#x27;a fox&#x27; -&gt; samples/speech_{number}_2" in listed
     sheet = entries["samples/images"][1]
     assert sheet == (96 + 8, 180 + 3 * 100 + 4, 3)
