@@ -27,7 +27,7 @@ from torchtitan_mixtures.media import Media, write_media
 from torchtitan_mixtures.objectives.next_token import LossMeter
 from torchtitan_mixtures.optimizer import TowerOptimizers
 from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter
-from torchtitan_mixtures.towers import SHARED
+from torchtitan_mixtures.towers import SHARED, tower_namer
 
 NATS_TO_BITS = 1 / math.log(2)
 
@@ -45,7 +45,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         self,
         job_config: JobConfig,
         parallel_dims: ParallelDims,
-        tower_of_parameter: Callable[[str], str | None],
+        tower_of: Callable[[str], str],
         tower_names: Sequence[str] = (),
     ):
         """Build the processor.
@@ -53,11 +53,11 @@ class MixtureMetricsProcessor(MetricsProcessor):
         Args:
             job_config: The job's configuration.
             parallel_dims: The job's parallel layout.
-            tower_of_parameter: Maps a parameter's name to its tower's name, None if shared.
+            tower_of: Maps a parameter's name to its tower's name, or to `shared`.
             tower_names: All that it may return.
         """
         super().__init__(job_config, parallel_dims)
-        self._tower_of_parameter = tower_of_parameter
+        self._tower_of = tower_of
         self._tower_names = tuple(tower_names)
         self._step_of_interval = 0
         self._updates: UpdateMeter | None = None
@@ -72,7 +72,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         self._updates = UpdateMeter(
             self.optimizers,
             self.model_parts,
-            lambda name: self._tower_of_parameter(name) or SHARED,
+            self._tower_of,
             [*self._tower_names, SHARED],
             self.parallel_dims,
         )
@@ -253,8 +253,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         for part in self.model_parts or []:
             for name, parameter in part.named_parameters():
                 if parameter.grad is not None:
-                    tower = self._tower_of_parameter(name) or SHARED
-                    groups.setdefault(tower, []).append(parameter.grad)
+                    groups.setdefault(self._tower_of(name), []).append(parameter.grad)
         squares = {tower: _squared_norm(grads) for tower, grads in groups.items()}
         if self.parallel_dims.pp_enabled:  # not every stage has parameters of every group
             names = [*self._tower_names, SHARED]
@@ -351,6 +350,5 @@ def build_metrics_processor(
     job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs
 ) -> MixtureMetricsProcessor:
     """Build the processor for a TrainSpec; `model_args` says which tower a parameter is of."""
-    tower_of_parameter = getattr(model_args, "tower_of_parameter", lambda name: None)
     tower_names = getattr(model_args, "tower_names", ())
-    return MixtureMetricsProcessor(job_config, parallel_dims, tower_of_parameter, tower_names)
+    return MixtureMetricsProcessor(job_config, parallel_dims, tower_namer(model_args), tower_names)

@@ -3,6 +3,7 @@
 import math
 import wave
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,11 +58,13 @@ def _integers(content: bytes, width: int) -> NDArray[np.int32]:
     return wide.view("<i4")[:, 0]
 
 
-def write_wav(path: Path | str, waveform: NDArray[np.floating], sample_rate: int) -> None:
+def write_wav(
+    file: Path | str | BinaryIO, waveform: NDArray[np.floating], sample_rate: int
+) -> None:
     """Write one channel as a WAV file of 16 bits.
 
     Args:
-        path: The file; replaced if it exists.
+        file: Its path, replaced if it exists, or what bytes are written to.
         waveform: `(samples,)` floating, finite; what exceeds [-1, 1] is clipped.
         sample_rate: Samples per second.
 
@@ -70,11 +73,11 @@ def write_wav(path: Path | str, waveform: NDArray[np.floating], sample_rate: int
     """
     check_waveform(waveform)
     samples = np.rint(np.clip(waveform, -1, 1) * 32767).astype("<i2")
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
-        file.writeframes(samples.tobytes())
+    with wave.open(str(file) if isinstance(file, Path) else file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(sample_rate)
+        writer.writeframes(samples.tobytes())
 
 
 def check_waveform(waveform: NDArray[np.floating]) -> None:

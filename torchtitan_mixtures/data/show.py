@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torchtitan_mixtures.data.batch import check_batch
+from torchtitan_mixtures.data.codecs import build_codecs
 from torchtitan_mixtures.data.inspection import (
     compute_statistics,
     find_mistakes,
@@ -22,9 +23,7 @@ from torchtitan_mixtures.data.inspection import (
 )
 from torchtitan_mixtures.data.loader import (
     build_multimodal_dataloader,
-    build_multimodal_tokenizer,
     build_multimodal_validation_dataloader,
-    find_modalities,
 )
 from torchtitan_mixtures.data.packing import Modalities
 from torchtitan_mixtures.data.sequences import Batch, ValidationBatches
@@ -76,8 +75,8 @@ def make_page(job_config: MixtureJobConfig, num_sequences: int, split: str | Non
     """Make the page that `write_page` writes."""
     config = job_config.multimodal
     split = split or config.train_split
-    tokenizer = build_multimodal_tokenizer(job_config)
-    modalities = find_modalities(job_config, tokenizer)
+    codecs = build_codecs(job_config)
+    tokenizer, modalities = codecs.text, codecs.modalities
     if split == config.train_split:
         batches, counts = take_training(job_config, tokenizer, num_sequences)
         section = job_config.training
@@ -122,7 +121,7 @@ def make_page(job_config: MixtureJobConfig, num_sequences: int, split: str | Non
         sequences,
         modalities,
         tokenizer,
-        build_decoders(config, modalities),
+        build_decoders(codecs),
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from torchtitan_mixtures.data.audio import write_wav
+from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.inspection import (
     Bools,
     DocumentView,
@@ -25,10 +26,7 @@ from torchtitan_mixtures.data.inspection import (
     runs,
 )
 from torchtitan_mixtures.data.packing import Modalities
-from torchtitan_mixtures.data.tokenizers import TextTokenizer, build_image_tokenizer
-
-if TYPE_CHECKING:
-    from torchtitan_mixtures.job_config import Multimodal
+from torchtitan_mixtures.data.tokenizers import TextTokenizer
 
 TEMPLATE = Path(__file__).with_name("show.html")
 
@@ -51,35 +49,24 @@ class SequenceView:
     mistakes: Sequence[str]
 
 
-def build_decoders(config: Multimodal, modalities: Modalities) -> dict[str, Decoder]:
-    """Build what shows the codes of each modality that has a tokenizer and codes."""
-    sizes = {
-        name: end - start
-        for name, (start, end) in zip(modalities.names, modalities.vocab_ranges, strict=True)
-    }
-    decoders: dict[str, Decoder] = {}
-    if sizes.get("image"):
-        image_tokenizer = build_image_tokenizer(config.image_tokenizer)
+def build_decoders(codecs: Codecs) -> dict[str, Decoder]:
+    """Build what shows the codes of each modality that the model has a tokenizer for."""
 
-        def show_image(codes: Ints) -> str:
-            buffer = io.BytesIO()
-            Image.fromarray(image_tokenizer.decode(codes[None])[0]).save(buffer, "PNG")
-            return f'<img alt="decoded image" src="{_data_url("image/png", buffer.getvalue())}">'
+    def show_image(codes: Ints) -> str:
+        buffer = io.BytesIO()
+        Image.fromarray(codecs.image.decode(codes[None])[0]).save(buffer, "PNG")
+        return f'<img alt="decoded image" src="{_data_url("image/png", buffer.getvalue())}">'
 
-        decoders["image"] = show_image
-    if sizes.get("speech"):
-        from torchtitan_mixtures.data.audio import write_wav
-        from torchtitan_mixtures.data.speech import build_speech_tokenizer
-
-        speech_tokenizer = build_speech_tokenizer(config.speech_tokenizer)
+    decoders: dict[str, Decoder] = {"image": show_image}
+    speech = codecs.speech
+    if speech is not None:
 
         def show_speech(units: Ints) -> str:
-            waveform = speech_tokenizer.decode(units)
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "speech.wav"
-                write_wav(path, waveform, speech_tokenizer.sample_rate)
-                url = _data_url("audio/wav", path.read_bytes())
-            seconds = len(waveform) / speech_tokenizer.sample_rate
+            waveform = speech.decode(units)
+            buffer = io.BytesIO()
+            write_wav(buffer, waveform, speech.sample_rate)
+            url = _data_url("audio/wav", buffer.getvalue())
+            seconds = len(waveform) / speech.sample_rate
             return f'<audio controls src="{url}"></audio><small>{seconds:.2f} s</small>'
 
         decoders["speech"] = show_speech
