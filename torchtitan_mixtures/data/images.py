@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -39,7 +40,9 @@ def decode_image(value: Any, size: int) -> NDArray[np.uint8]:
     # On broken bytes Pillow's formats raise OSError, SyntaxError, struct.error, zlib.error,
     # IndexError and more, and a remote path what its file system raises: no class is narrower.
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        # Without the addresses of objects, which say nothing and differ from run to run.
+        reason = re.sub(r"<\S+ object at 0x\w+>", "it", str(error))
+        raise ValueError(f"{type(error).__name__}: {reason}") from error
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
 
 

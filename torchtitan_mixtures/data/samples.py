@@ -5,7 +5,6 @@ Images are decoded here and not inside `datasets`, so that one broken file does 
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +59,7 @@ class SampleJudge:
     def count_bad(self, counts: SampleCounts, key: str, error: Exception) -> None:
         """Count, log and judge a bad sample."""
         counts.bad += 1
-        # Without the addresses of objects, which say nothing and differ from run to run.
-        self._last_reason = re.sub(r"<\S+ object at 0x\w+>", "it", str(error))
+        self._last_reason = str(error)
         if len(counts.bad_keys) < _MAX_KEYS:
             counts.bad_keys.append(key)
         seen, bad = self._totals()

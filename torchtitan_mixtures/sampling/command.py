@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import TextIO
 
 # First: it points TorchTitan at the CPU if need be, and registers the families.
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         try:
             encode_prompts(loaded.model_args, [request.prompt], request.into, settings, codecs)
         except ValueError as error:
-            raise ValueError(f"{request.label!r}: {error}") from error
+            raise ValueError(f"{shorten(request.label, 60)!r}: {error}") from error
     start = time.perf_counter()
     results = _generate_all(requests, loaded, codecs, settings, options)
     seconds = time.perf_counter() - start

@@ -140,8 +140,9 @@ def encode_prompts(
         (tokens,) = encoder.encode(Document(tuple(prompt), f"(prompt {number})"))
         length = len(tokens) - 1  # <eos> is not part of what goes on
         if length + steps > model_args.max_seq_len:
+            which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
             raise ValueError(
-                f"prompt {number} has {length} tokens and its continuation up to {steps}: "
+                f"{which} has {length} tokens and its continuation up to {steps}: "
                 f"{length + steps} positions, but the model was trained with "
                 f"{model_args.max_seq_len} (training.seq_len). Shorten the prompt, lower "
                 "max_text_tokens or max_speech_seconds, or generate fewer segments."

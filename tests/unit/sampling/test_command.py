@@ -165,7 +165,7 @@ BROKEN = [
     ),
     (("--prompt=x", "--into=speech"), "into = speech: the model has no such modality"),
     (("--speech={tmp}/bad.png",), "--speech {tmp}/bad.png: the model has no speech"),
-    (("--prompt", "fox " * 300), "prompt 0 has"),
+    (("--prompt", "fox " * 300), "fox [...]': the prompt has"),
     (("--prompt=x", "--into=text", "--max-text-tokens=999"), "999"),
     (("--prompt=x", "--top-p=0"), "top_p = 0.0: must be above 0"),
     (("--prompt=x", "--num-samples=0"), "--num-samples 0: must be at least 1"),

@@ -34,7 +34,7 @@ def test_a_value_that_cannot_be_is_named(key):
     ("options", "message"),
     [
         (("--sampling.into", "speech"), r"\[sampling\]: into = speech: .* it has text, image"),
-        (("--sampling.max_text_tokens=255", "--sampling.into", "text"), "prompt 0 has .* 256"),
+        (("--sampling.max_text_tokens=255", "--sampling.into", "text"), "the prompt has .* 256"),
     ],
 )
 def test_what_could_not_be_drawn_is_refused_at_start_up(options, message):
