@@ -21,6 +21,7 @@ from torchtitan_mixtures.objectives.ddpm import (
     spaced_steps,
 )
 from torchtitan_mixtures.objectives.flow import RectifiedFlow, shift_times
+from torchtitan_mixtures.objectives.process import at_least_float32
 from torchtitan_mixtures.objectives.randomness import draw_normal
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -69,6 +70,8 @@ def guide(
             f"guided_channels = {guided_channels}: must be from 0 (all) to {channels}, the "
             "channels of the latents."
         )
+    # A model's bfloat16 has too few digits for a difference that is multiplied.
+    conditional, unconditional = at_least_float32(conditional), at_least_float32(unconditional)
     guided = guided_channels or channels
     difference = conditional[:, :guided] - unconditional[:, :guided]
     return torch.cat(

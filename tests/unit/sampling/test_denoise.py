@@ -241,6 +241,13 @@ def test_guidance_of_the_first_channels_leaves_the_others_conditional():
     assert torch.equal(found[:, 4:], conditional[:, 4:])
 
 
+def test_guidance_of_a_model_in_bfloat16_is_computed_in_float32():
+    halves = torch.randn(2, 1, 8, 4, 4).bfloat16()
+    found = guide(halves[0], halves[1], 4.3, 4, 3)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, guide(halves[0].float(), halves[1].float(), 4.3, 4, 3))
+
+
 @pytest.mark.parametrize("guided_channels", [-1, 5])
 def test_more_guided_channels_than_there_are_is_an_error(guided_channels):
     message = rf"^guided_channels = {guided_channels}: must be from 0 \(all\) to 4"
