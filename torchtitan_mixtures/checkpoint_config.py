@@ -204,6 +204,7 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
         if _has_token_data(model_args):
             _check_data(job_config, path, saved)
         _check_tower_keys(job_config, path, saved)
+        _check_average(job_config, path, saved)
     if ours != theirs:
         logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")
 
@@ -213,6 +214,16 @@ def _is_model_only(job_config: JobConfig, path: Path) -> bool:
     config = job_config.checkpoint
     in_own_folder = path.parent == Path(job_config.job.dump_folder) / config.folder
     return path.name == "step-0" if in_own_folder else config.initial_load_model_only
+
+
+def _check_average(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:
+    """Refuse to go on with an average that the checkpoint does not have."""
+    decay, before = job_config.ema.decay, saved["job_config"].get("ema", {}).get("decay", 0.0)
+    if decay > 0 and before == 0 and "ema" not in job_config.checkpoint.exclude_from_loading:
+        raise ValueError(
+            f"ema.decay = {decay}: {path} has no average to go on with. Set 0, or begin one with "
+            'the parameters of the checkpoint, checkpoint.exclude_from_loading = ["ema"].'
+        )
 
 
 def _check_tower_keys(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:

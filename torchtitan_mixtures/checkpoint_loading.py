@@ -26,13 +26,14 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.data.codecs import Codecs, build_codecs
+from torchtitan_mixtures.ema import STATE
 from torchtitan_mixtures.job_config import JobConfig, MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A trained model over tokens, and what it takes to talk to it."""
+class LoadedModel:
+    """A trained model, in one process."""
 
     path: Path
     """Folder of the step."""
@@ -46,6 +47,14 @@ class LoadedCheckpoint:
     model_args: Any
     job_config: MixtureJobConfig
     """That of the run."""
+
+    is_averaged: bool
+    """Whether its weights are the average of `[ema]`."""
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint(LoadedModel):
+    """A trained model over tokens, and what it takes to talk to it."""
 
     codecs: Codecs
     """The tokenizers it was trained with."""
@@ -75,19 +84,52 @@ def find_checkpoint(folder: str | Path) -> Path:
     )
 
 
-def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoint:
+def load_model(
+    folder: str | Path, device: torch.device | str = "cpu", *, averaged: bool = True
+) -> LoadedModel:
     """Build the model of a checkpoint and load its weights.
 
     Args:
         folder: See `find_checkpoint`.
         device: Where the model is to be.
+        averaged: Take the average of the parameters if the checkpoint has one.
 
     Raises:
         ValueError: No checkpoint, no `config.json`, of another version, or files missing or broken.
     """
     path = find_checkpoint(folder)
     saved = checkpoint_config.read(path)
-    job_config, model_args = _rebuild(path, saved)
+    job_config, model_args = rebuild(path, saved)
+    with torch.device("meta"):
+        model = get_train_spec(saved["family"]).model_cls(model_args)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch.device(device))  # buffers are not in checkpoints
+    state = {name: parameter.data for name, parameter in model.named_parameters()}
+    is_averaged = averaged and has_average(path)
+    load_tensors(path, {f"{STATE}.{k}": v for k, v in state.items()} if is_averaged else state)
+    step = path.name.removeprefix("step-")
+    return LoadedModel(
+        path=path,
+        step=int(step) if step.isdigit() else -1,
+        model=model.eval(),
+        model_args=model_args,
+        job_config=job_config,
+        is_averaged=is_averaged,
+    )
+
+
+def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoint:
+    """Load a model over tokens with its tokenizers; see `load_model`.
+
+    Raises:
+        ValueError: As `load_model`, or a model of something else, or other tokenizers than its own.
+    """
+    path = find_checkpoint(folder)
+    saved = checkpoint_config.read(path)
+    job_config, model_args = rebuild(path, saved)
+    if not hasattr(model_args, "modality_names"):
+        raise ValueError(f"{path}: {saved['family']} is no model over tokens.")
     codecs = build_codecs(job_config)
     modalities = codecs.modalities
     ranges = saved.get("vocab_ranges")
@@ -99,24 +141,10 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> L
             f"{path}: its vocabulary ranges are {ranges}, but the tokenizers of its "
             f"[multimodal] section now give {modalities.vocab_ranges}; restore the tokenizer files."
         )
-    with torch.device("meta"):
-        model = get_train_spec(saved["family"]).model_cls(model_args)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        model.init_weights(buffer_device=torch.device(device))  # buffers are not in checkpoints
-    _load_weights(model, path)
-    step = path.name.removeprefix("step-")
-    return LoadedCheckpoint(
-        path=path,
-        step=int(step) if step.isdigit() else -1,
-        model=model.eval(),
-        model_args=model_args,
-        job_config=job_config,
-        codecs=codecs,
-    )
+    return LoadedCheckpoint(**vars(load_model(path, device)), codecs=codecs)
 
 
-def _rebuild(path: Path, saved: dict[str, Any]) -> tuple[MixtureJobConfig, BaseModelArgs]:
+def rebuild(path: Path, saved: dict[str, Any]) -> tuple[MixtureJobConfig, BaseModelArgs]:
     """Turn the tables of `config.json` into the objects they were written from."""
     family = saved.get("family")
     if family not in FAMILIES:
@@ -136,19 +164,40 @@ def _rebuild(path: Path, saved: dict[str, Any]) -> tuple[MixtureJobConfig, BaseM
     return cast(MixtureJobConfig, job_config), model_args
 
 
-def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    state = {name: parameter.data for name, parameter in model.named_parameters()}
+def has_average(path: Path) -> bool:
+    """Say whether a checkpoint has an average of the parameters."""
+    index = _read_index(_WeightsReader(path), path)
+    return any(name.startswith(f"{STATE}.") for name in index.state_dict_metadata)
+
+
+def load_tensors(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Fill tensors with those of the same names in a checkpoint.
+
+    Raises:
+        ValueError: One is missing or of another shape, or files are missing or broken.
+    """
     try:
         with warnings.catch_warnings():
             # One process is what is meant; DCP finds that worth a warning.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_state(state, storage_reader=_WeightsReader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        cause = error
-        if isinstance(error, CheckpointException) and error.failures:
-            cause = next(iter(error.failures.values()))[0]
-        reason = str(cause) or f"{type(cause).__name__}; was a file cut off?"
-        raise ValueError(f"{path}: its weights cannot be read: {reason}") from error
+        raise _unreadable(path, error) from error
+
+
+def _read_index(reader: FileSystemReader, path: Path) -> Metadata:
+    try:
+        return reader.read_metadata()
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    cause = error
+    if isinstance(error, CheckpointException) and error.failures:
+        cause = next(iter(error.failures.values()))[0]
+    reason = str(cause) or f"{type(cause).__name__}; was a file cut off?"
+    return ValueError(f"{path}: its weights cannot be read: {reason}")
 
 
 class _WeightsReader(FileSystemReader):

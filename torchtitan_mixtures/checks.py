@@ -21,10 +21,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config, device, layout_checks
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
-from torchtitan_mixtures.data import emoji_source, loader
+from torchtitan_mixtures.data import emoji_source, image_data, loader
 from torchtitan_mixtures.float8 import check_converters
-from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.job_config import Mixture, MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
+from torchtitan_mixtures.objectives.denoising import build_process
 from torchtitan_mixtures.sampling.during_training import check_sampling
 from torchtitan_mixtures.towers import check_towers, warn_of_empty_modalities
 
@@ -191,14 +192,41 @@ def _model_args(job_config: JobConfig) -> BaseModelArgs:
 
 def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
     data = job_config.multimodal
+    if job_config.validation.enable and not data.validation_splits:
+        raise ValueError(
+            "multimodal.validation_splits = []: validation.enable = true needs at least one split."
+        )
+    if hasattr(model_args, "modality_names"):
+        _check_token_data(job_config, model_args)
+    else:
+        _check_image_data(job_config)
+
+
+def _check_image_data(job_config: MixtureJobConfig) -> None:
+    """Check what is left after a model's arguments were completed from its images."""
+    mixture, defaults = job_config.mixture, Mixture()
+    for key in ("dispatch", "untie", "tower_of_modality", "context_parallel"):
+        value = getattr(mixture, key)
+        if value != getattr(defaults, key):
+            raise ValueError(
+                f"mixture.{key} = {value!r}: model.name = {job_config.model.name!r} has no towers "
+                "of modalities; remove the key."
+            )
+    image_data.check_splits(job_config)
+    build_process(job_config.objective, image_data.image_spec(job_config).channels)
+
+
+def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
+    data = job_config.multimodal
+    if data.source == "folder":
+        raise ValueError(
+            f"multimodal.source = 'folder': holds images without captions, which model.name = "
+            f"{job_config.model.name!r} cannot use; set 'emoji', or 'datasets' (imagefolder)."
+        )
     if data.source == "datasets" and not data.path:
         raise ValueError(
             'multimodal.path = "": multimodal.source = "datasets" needs a hub name, a local '
             "folder or a file."
-        )
-    if job_config.validation.enable and not data.validation_splits:
-        raise ValueError(
-            "multimodal.validation_splits = []: validation.enable = true needs at least one split."
         )
     splits = {"train_split": [data.train_split]}
     if job_config.validation.enable:

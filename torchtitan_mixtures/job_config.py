@@ -20,7 +20,12 @@ from torchtitan.config import JobConfig as HostJobConfig
 from tyro.constructors import PrimitiveConstructorSpec
 
 from torchtitan_mixtures.config_values import check_section
-from torchtitan_mixtures.sampling.settings import SamplingSettings, check_values
+from torchtitan_mixtures.sampling.settings import (
+    DenoisingSettings,
+    SamplingSettings,
+    check_denoising,
+    check_values,
+)
 
 
 def _parse_numbers(text: str) -> dict[str, float]:
@@ -46,13 +51,16 @@ Numbers = Annotated[
 
 @dataclass
 class Multimodal:
-    """Where documents come from, how they become tokens, and what their tokens weigh."""
+    """Where documents and images come from, how they become tokens, and what their tokens weigh."""
 
-    source: Literal["emoji", "datasets"] = "emoji"
-    """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens."""
+    source: Literal["emoji", "datasets", "folder"] = "emoji"
+    """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens, for
+    models over tokens. `folder`: for models of images, a folder with one folder of images per
+    class, or the latents that `scripts/prepare_data.py encode-latents` wrote."""
 
     path: str = ""
-    """For `datasets`: hub name, local folder or file, or a folder written by `save_to_disk`."""
+    """For `datasets`: hub name, local folder or file, or a folder written by `save_to_disk`. For
+    `folder`: the folder."""
 
     name: str = ""
     """For `datasets`: name of the dataset's configuration, if it has several."""
@@ -106,6 +114,22 @@ class Multimodal:
     reset_positions: bool = False
     """Count rotary positions from 0 in every document instead of along the packed sequence."""
 
+    image_size: int = 32
+    """For models of images: height and width of what the model sees. Without `vae` that is pixels;
+    with it latents, of pictures that are larger by the factor of the VAE (mostly 8)."""
+
+    class_of: Literal["group", "concept"] = "group"
+    """For models of images on `emoji`: what is a class, Unicode's groups (animals, food, ...) or
+    every single concept."""
+
+    random_flip: bool = False
+    """For models of images on a `folder` of pictures: mirror half of the training images. Never
+    where it would lie, as with the arrows and letters of `emoji`, which refuses it."""
+
+    vae: str = ""
+    """For models of images: local folder of a VAE in the format of `diffusers` (an extra:
+    pip install "torchtitan_mixtures[vae]"), which encodes pictures during training."""
+
     text_weight: float = 1.0
     """Loss weight of text and sentinel targets. 0 = not supervised."""
 
@@ -127,6 +151,8 @@ class Multimodal:
             value = getattr(self, key)
             if not 0 <= value <= 1:
                 raise ValueError(f"multimodal.{key} = {value}: must be between 0 and 1.")
+        if self.image_size < 1:
+            raise ValueError(f"multimodal.image_size = {self.image_size}: must be at least 1.")
         if self.max_pairs < 1:
             raise ValueError(f"multimodal.max_pairs = {self.max_pairs}: must be at least 1.")
         if self.shards < 0:
@@ -189,7 +215,86 @@ class Mixture:
 
 
 @dataclass
-class Sampling(SamplingSettings):
+class Objective:
+    """What a model of images learns to predict, from how much noise, and the losses beside it."""
+
+    kind: Literal["ddpm", "flow"] = "ddpm"
+    """`ddpm`: the noise of a discrete process (DiT's recipe). `flow`: the velocity of rectified
+    flow (SD3's)."""
+
+    noise_steps: int = 1000
+    """For `ddpm`: number of noise levels."""
+
+    noise_schedule: Literal["linear", "squared_cosine"] = "linear"
+    """For `ddpm`: how noise grows."""
+
+    learned_variance: bool = True
+    """For `ddpm`: predict the variance of each reverse step too; the model has twice the
+    channels."""
+
+    time_density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
+    """For `flow`: density from which training times are drawn (arXiv 2403.03206, 3.1)."""
+
+    logit_mean: float = 0.0
+    """For `logit_normal`: mean of the normal distribution."""
+
+    logit_std: float = 1.0
+    """For `logit_normal`: its standard deviation."""
+
+    mode_scale: float = 1.29
+    """For `mode`: from -1 to 2 / (pi - 2); above 0 the middle is drawn more often."""
+
+    time_shift: float = 1.0
+    """For `flow`: shift of times towards noise, for large images 3; also while sampling."""
+
+    class_dropout: float = 0.1
+    """Share of training samples that lose their class, which guidance needs."""
+
+    balance_weight: float = 0.01
+    """Weight of the loss that balances a router's load, for models that have one."""
+
+    z_weight: float = 0.0
+    """Weight of the squared logarithm of a router's partition function."""
+
+    validation_levels: int = 8
+    """Validate at so many fixed noise levels, spread evenly."""
+
+    def __post_init__(self) -> None:
+        check_section("objective", self)
+        rules = {
+            "noise_steps": (self.noise_steps >= 2, "2 or more"),
+            "logit_std": (0 < self.logit_std < math.inf, "a finite number > 0"),
+            "logit_mean": (abs(self.logit_mean) < math.inf, "a finite number"),
+            "mode_scale": (-1 <= self.mode_scale <= 2 / (math.pi - 2), "from -1 to 1.75"),
+            "time_shift": (0 < self.time_shift < math.inf, "a finite number > 0"),
+            "class_dropout": (0 <= self.class_dropout < 1, "at least 0 and below 1"),
+            "balance_weight": (0 <= self.balance_weight < math.inf, "a finite number >= 0"),
+            "z_weight": (0 <= self.z_weight < math.inf, "a finite number >= 0"),
+            "validation_levels": (self.validation_levels >= 1, "1 or more"),
+        }
+        for key, (holds, allowed) in rules.items():
+            if not holds:
+                raise ValueError(f"objective.{key} = {getattr(self, key)}: must be {allowed}.")
+
+
+@dataclass
+class EMA:
+    """An exponential moving average of the parameters, kept in checkpoints.
+
+    Validation and sampling use it instead of the parameters.
+    """
+
+    decay: float = 0.0
+    """Share of the average that a step keeps, 0.9999 for long runs. 0 = no average."""
+
+    def __post_init__(self) -> None:
+        check_section("ema", self)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay = {self.decay}: must be at least 0 and below 1.")
+
+
+@dataclass
+class Sampling(SamplingSettings, DenoisingSettings):
     """Samples drawn while training goes on, written to TensorBoard or Weights & Biases.
 
     The seed is the same at every interval, so that only the model changes.
@@ -199,17 +304,21 @@ class Sampling(SamplingSettings):
     """Draw samples every so many steps. 0 = never."""
 
     prompts: list[str] = field(default_factory=list)
-    """Texts to continue."""
+    """Texts to continue, for models over tokens."""
 
     into: list[Literal["text", "image", "speech"]] = field(default_factory=lambda: ["image"])
     """What to generate after each prompt, one after the other in one document."""
 
+    class_labels: list[int] = field(default_factory=list)
+    """Classes to draw, for models of images with classes. Empty = the first eight."""
+
     num_samples: int = 2
-    """Samples of each prompt."""
+    """Samples of each prompt or class."""
 
     def __post_init__(self) -> None:
         check_section("sampling", self)
         check_values(self, "sampling.")
+        check_denoising(self, "sampling.")
         if self.interval < 0:
             raise ValueError(f"sampling.interval = {self.interval}: must be 0 (never) or more.")
         if self.num_samples < 1:
@@ -222,6 +331,8 @@ class JobConfig:
 
     multimodal: Multimodal = field(default_factory=Multimodal)
     mixture: Mixture = field(default_factory=Mixture)
+    objective: Objective = field(default_factory=Objective)
+    ema: EMA = field(default_factory=EMA)
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -230,4 +341,6 @@ class MixtureJobConfig(HostJobConfig):
 
     multimodal: Multimodal
     mixture: Mixture
+    objective: Objective
+    ema: EMA
     sampling: Sampling

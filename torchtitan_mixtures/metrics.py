@@ -1,4 +1,4 @@
-"""What a run reports: losses per modality, gradient norms and updates per tower, throughput.
+"""What a run reports: losses per bucket, gradient norms and updates per tower, throughput.
 
 Extends TorchTitan's MetricsProcessor, which already writes to TensorBoard and Weights & Biases.
 Everything here happens only in steps that are logged, so the other steps never wait for it.
@@ -24,7 +24,7 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.media import Media, write_media
-from torchtitan_mixtures.objectives.next_token import LossMeter
+from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.optimizer import TowerOptimizers
 from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter
 from torchtitan_mixtures.towers import SHARED, tower_namer
@@ -36,10 +36,12 @@ class MixtureMetricsProcessor(MetricsProcessor):
     """TorchTitan's metrics, plus those of each modality and tower.
 
     Attributes:
-        loss_meter: The loss's meter; the trainer sets it. None: no losses per modality.
+        loss_meter: The loss's meter; the trainer sets it. None: no losses per bucket.
+        further_scalars: What else the loss reports, of its last step; the trainer sets it.
     """
 
     loss_meter: LossMeter | None = None
+    further_scalars: Callable[[], dict[str, float]] = staticmethod(dict)
 
     def __init__(
         self,
@@ -124,9 +126,9 @@ class MixtureMetricsProcessor(MetricsProcessor):
             "grad_norm": grad_norm,
         }
         scalars |= self._speed(step)
-        losses = self._modality_losses()
+        losses = self._bucket_losses()
         norms = self._tower_norms(grad_norm)
-        scalars |= modality_scalars("modality", losses)
+        scalars |= self._describe_buckets(losses)
         scalars |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
         scalars |= self._tower_scalars()
         scalars |= extra_metrics
@@ -169,23 +171,25 @@ class MixtureMetricsProcessor(MetricsProcessor):
         *,
         split: str = "",
         losses: dict[str, tuple[float, int]] | None = None,
+        in_bits: bool = True,
     ) -> None:
         """Log one validation pass.
 
         Args:
-            loss: Loss over the split, in nats per supervised position.
+            loss: Loss over the split, per supervised position.
             step: The training step.
             extra_metrics: Further scalars to write.
             split: Name of the split.
-            losses: Loss in nats and number of targets of each modality.
+            losses: Loss and number of targets of each bucket: modality, or noise level.
+            in_bits: Whether the loss is in nats per token.
         """
         prefix = f"validation/{split}" if split else "validation"
-        scalars = {f"{prefix}/loss": loss} | modality_scalars(prefix, losses or {})
+        scalars = {f"{prefix}/loss": loss} | bucket_scalars(prefix, losses or {}, in_bits)
         self.logger.log(scalars | (extra_metrics or {}), step)
         c = self.color
         logger.info(
             f"{c.yellow}validate step: {step:2}  {c.white}{split}  {c.green}loss: {loss:8.5f}  "
-            f"{c.turquoise}{describe_losses(losses or {})}{c.reset}"
+            f"{c.turquoise}{describe_losses(losses or {}, in_bits)}{c.reset}"
         )
 
     @property
@@ -236,11 +240,18 @@ class MixtureMetricsProcessor(MetricsProcessor):
             dist.all_reduce(loss, op=dist.ReduceOp.MAX, group=mesh.get_group())
         return float(loss)
 
-    def _modality_losses(self) -> dict[str, tuple[float, int]]:
-        """Reduce the loss meter over all data: nats per target and targets, per modality."""
+    def _bucket_losses(self) -> dict[str, tuple[float, int]]:
+        """Reduce the loss meter over all data: loss per target and targets, per bucket."""
         if self.loss_meter is None:
             return {}
         return reduce_meter(self.loss_meter, self.parallel_dims)
+
+    def _describe_buckets(self, losses: dict[str, tuple[float, int]]) -> dict[str, float]:
+        """Name the scalars of the loss: of its buckets, and what else it reports."""
+        if self.loss_meter is None:
+            return {}
+        in_bits = self.loss_meter.in_bits
+        return bucket_scalars(self.loss_meter.group, losses, in_bits) | self.further_scalars()
 
     @torch.no_grad()
     def _tower_norms(self, grad_norm: float) -> dict[str, float]:
@@ -291,12 +302,14 @@ class MixtureMetricsProcessor(MetricsProcessor):
         norms: dict[str, float],
     ) -> None:
         c = self.color
+        in_bits = self.loss_meter is None or self.loss_meter.in_bits
         per_tower = " ".join(f"{tower} {norm:.3f}" for tower, norm in norms.items())
+        per_tower = f" ({per_tower})" if list(norms) != [SHARED] else ""
         utilisation = f"  {c.magenta}mfu: {scalars['mfu(%)']:.2f}%" if "mfu(%)" in scalars else ""
         logger.info(
             f"{c.red}step: {step:2}  {c.green}loss: {scalars['loss_metrics/global_avg_loss']:8.5f}"
-            f"  {c.turquoise}{describe_losses(losses)}  "
-            f"{c.orange}grad_norm: {scalars['grad_norm']:.4f} ({per_tower})  "
+            f"  {c.turquoise}{describe_losses(losses, in_bits)}  "
+            f"{c.orange}grad_norm: {scalars['grad_norm']:.4f}{per_tower}  "
             f"{c.yellow}memory: {scalars['memory/max_reserved(GiB)']:.2f}GiB  "
             f"{c.blue}tps: {round(scalars['throughput(tps)']):,}  "
             f"{c.cyan}tflops: {scalars['tflops']:,.2f}{utilisation}{c.reset}"
@@ -314,7 +327,7 @@ def reduce_meter(meter: LossMeter, parallel_dims: ParallelDims) -> dict[str, tup
     """Sum a meter over all ranks that hold different data.
 
     Returns:
-        For each modality with targets: loss in nats per target, and the number of targets.
+        For each bucket with targets: loss per target, and the number of targets.
     """
     totals = meter.totals(torch.device(parallel_dims.world_mesh.device_type)).clone()
     meshes = ["loss"] if parallel_dims.dp_cp_enabled else []
@@ -322,23 +335,34 @@ def reduce_meter(meter: LossMeter, parallel_dims: ParallelDims) -> dict[str, tup
     for name in meshes:
         dist.all_reduce(totals, group=parallel_dims.get_mesh(name).get_group())
     sums, counts = totals.tolist()
-    rows = zip(meter.modality_names, sums, counts, strict=True)
+    rows = zip(meter.names, sums, counts, strict=True)
     return {name: (nll / count, int(count)) for name, nll, count in rows if count}
 
 
-def modality_scalars(prefix: str, losses: dict[str, tuple[float, int]]) -> dict[str, float]:
-    """Name the scalars of each modality: loss in nats, bits per token, share of the targets."""
+def bucket_scalars(
+    prefix: str, losses: dict[str, tuple[float, int]], in_bits: bool = True
+) -> dict[str, float]:
+    """Name the scalars of each bucket: its loss, bits per token if it has them, share of targets.
+
+    Args:
+        prefix: First part of the names.
+        losses: Loss per target and number of targets of each bucket.
+        in_bits: Whether the loss is in nats per token.
+    """
     total = sum(count for _, count in losses.values())
     scalars = {}
     for name, (loss, count) in losses.items():
         scalars[f"{prefix}/{name}/loss"] = loss
-        scalars[f"{prefix}/{name}/bits_per_token"] = loss * NATS_TO_BITS
-        scalars[f"{prefix}/{name}/token_share"] = count / total
+        if in_bits:
+            scalars[f"{prefix}/{name}/bits_per_token"] = loss * NATS_TO_BITS
+            scalars[f"{prefix}/{name}/token_share"] = count / total
     return scalars
 
 
-def describe_losses(losses: dict[str, tuple[float, int]]) -> str:
-    """Write losses for the console, as `text: 5.123 (7.39 bits, 31%)`."""
+def describe_losses(losses: dict[str, tuple[float, int]], in_bits: bool = True) -> str:
+    """Write losses for the console, as `text: 5.123 (7.39 bits, 31%)`, or `0.3: 0.123`."""
+    if not in_bits:
+        return "  ".join(f"{name}: {loss:.4f}" for name, (loss, _) in losses.items())
     total = sum(count for _, count in losses.values())
     return "  ".join(
         f"{name}: {loss:.4f} ({loss * NATS_TO_BITS:.3f} bits, {100 * count / total:.0f}%)"

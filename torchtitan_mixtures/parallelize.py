@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.utils._pytree import tree_leaves
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
@@ -240,6 +241,9 @@ def apply_fsdp(
     for paths in cuts.units_after:
         # Needed again at once in the backward pass, so they stay gathered by default.
         _shard_unit(model, paths, policy == "always", arguments)
+    # The root would round times and positions to the parameters' precision with all other inputs;
+    # units cast what their own layers take.
+    arguments["mp_policy"] = dataclasses.replace(arguments["mp_policy"], cast_forward_inputs=False)
     fully_shard(model, **arguments)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -281,9 +285,10 @@ def apply_ddp(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> None:
     replicate(model, device_mesh=mesh, bucket_cap_mb=100)
     ranks = mesh.size()
 
-    def scale_gradient(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * ranks)
+    def scale_gradient(module: nn.Module, arguments: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda gradient: gradient * ranks)
 
     model.register_forward_hook(scale_gradient)
     logger.info("Applied DDP to the model")

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.checks import check_job
+from torchtitan_mixtures.ema import EMA, STATE
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
-from torchtitan_mixtures.objectives.next_token import LossMeter, Targets, prepare_batch
+from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.pipeline import Pipeline
-from torchtitan_mixtures.sampling.during_training import TrainingSampler, build_sampler
+from torchtitan_mixtures.sampling.during_training import Sampler, build_sampler
 
 
 class MixtureTrainer(Trainer):
     """TorchTitan's trainer for the families of this plugin.
 
     It adds: checks of the whole configuration before anything is built; a batch's split into
-    inputs and targets; the hand-over of the loss's meter to the metrics; samples while it trains;
-    and a `config.json` in every checkpoint.
+    inputs and targets; the hand-over of the loss's meter to the metrics; an average of the
+    parameters; samples while it trains; and a `config.json` in every checkpoint.
+
+    A family's loss says how batches are prepared for it (`prepare`, see `NextTokenLoss`).
     """
 
     loss_meter: LossMeter | None
-    sampler: TrainingSampler | None
+    sampler: Sampler | None
+    ema: EMA | None
 
     def __init__(self, job_config: MixtureJobConfig):
         check_job(job_config)
@@ -41,7 +44,14 @@ class MixtureTrainer(Trainer):
         self.loss_meter = getattr(self.loss_fn, "meter", None)
         self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
         self.processor.loss_meter = self.loss_meter
+        self.processor.further_scalars = getattr(self.loss_fn, "scalars", dict)
         self.processor.measure_updates()
+        self.ema = None
+        if job_config.ema.decay > 0:
+            self.ema = EMA(self.model_parts, job_config.ema.decay)
+            self.checkpointer.states[STATE] = self.ema
+            if job_config.validation.enable:
+                cast(Any, self.validator).ema = self.ema
         self.sampler = build_sampler(job_config, self.model_args, self.processor)
         if self.checkpointer.enable:
             if torch.distributed.get_rank() == 0:
@@ -64,11 +74,11 @@ class MixtureTrainer(Trainer):
 
     def post_dataloading_process(  # pyrefly: ignore [bad-override]  (targets may be any object)
         self, input_dict: dict[str, Tensor], labels: Tensor
-    ) -> tuple[Tensor, Targets, dict[str, Tensor], dict[str, Any]]:
-        """See `prepare_batch`."""
-        return prepare_batch(
-            cast(ModelProtocol, self.model_parts[0]),
-            cast(BaseTokenizer, self.tokenizer),
+    ) -> tuple[Tensor, Any, dict[str, Tensor], dict[str, Any]]:
+        """Let the loss prepare the batch."""
+        return cast(Any, self.loss_fn).prepare(
+            self.model_parts[0],
+            self.tokenizer,
             input_dict,
             labels,
             self.parallel_dims,
@@ -98,15 +108,21 @@ class MixtureTrainer(Trainer):
         if not self.has_stepped:  # what start-up and loading took says nothing about steps
             self.processor.restart_clock(self.step - 1)
             self.has_stepped = True
+            if self.ema is not None:
+                self.ema.start()
         if self.loss_meter is not None:
-            self.loss_meter.reset()
+            # A loss with more meters than one resets them all.
+            getattr(self.loss_fn, "reset", self.loss_meter.reset)()
         self.processor.start_step(self.step)
         super().train_step(data_iterator)
+        if self.ema is not None:
+            self.ema.update()
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
             self._write_config(self.step)
         if self.sampler is not None and self.sampler.is_due(self.step):
-            with self.maybe_enable_amp:
+            averaged = nullcontext() if self.ema is None else self.ema.swapped()
+            with averaged, self.maybe_enable_amp:
                 self.sampler.sample(self.model_parts[0], self.step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ trainer's handling of a batch instead.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,14 +20,21 @@ from torchtitan.tools import utils
 
 from torchtitan_mixtures.data.loader import build_multimodal_validation_dataloader
 from torchtitan_mixtures.data.tokenizers import TextTokenizer
+from torchtitan_mixtures.ema import EMA
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor, reduce_meter
-from torchtitan_mixtures.objectives.next_token import LossMeter, NextTokenLoss, prepare_batch
+from torchtitan_mixtures.objectives.next_token import NextTokenLoss
 from torchtitan_mixtures.pipeline import Pipeline
 
 
 class MixtureValidator(BaseValidator):
-    """Loss of each validation split, reduced over all ranks."""
+    """Loss of each validation split, reduced over all ranks.
+
+    Attributes:
+        ema: The average to validate instead of the parameters; the trainer sets it.
+    """
+
+    ema: EMA | None = None
 
     def __init__(
         self,
@@ -68,15 +75,13 @@ class MixtureValidator(BaseValidator):
             model_parts: The model, or this rank's stages of it.
             step: The training step, for the log.
         """
-        meter, self.loss_fn.meter = (
-            self.loss_fn.meter,
-            LossMeter(self.loss_fn.meter.modality_names),
-        )
+        meter, self.loss_fn.meter = self.loss_fn.meter, self.loss_fn.meter.empty()
         for part in model_parts:
             part.eval()
         try:
-            for split in self.dataloaders:
-                self._validate_split(model_parts[0], split, step)
+            with nullcontext() if self.ema is None else self.ema.swapped():
+                for split in self.dataloaders:
+                    self._validate_split(model_parts[0], split, step)
         finally:
             self.loss_fn.meter = meter
             for part in model_parts:
@@ -90,7 +95,7 @@ class MixtureValidator(BaseValidator):
             if limit != -1 and index >= limit:
                 break
             input_dict = {k: v.to(utils.device_type) for k, v in input_dict.items()}
-            inputs, targets, extra_inputs, extra_kwargs = prepare_batch(
+            inputs, targets, extra_inputs, extra_kwargs = self.loss_fn.prepare(
                 cast(ModelProtocol, model),
                 self.tokenizer,
                 input_dict,

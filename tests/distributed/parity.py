@@ -1,8 +1,8 @@
 """What a parallel layout computes against one process, in float64.
 
 Every rank builds the same whole batch and the same model twice: parallelised by the layout, and
-not at all. Both take it through the functions of the trainer (`prepare_batch`, `Pipeline`, the loss
-and its meter), the parallel one with this rank's share.
+not at all. Both take it through the functions of the trainer (`Pipeline`, the loss, its
+`prepare` and its meter), the parallel one with this rank's share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.jobs import debug_job
 from torchtitan_mixtures.checks import CHECKED
 from torchtitan_mixtures.layout_checks import check_layout
 from torchtitan_mixtures.metrics import reduce_meter
-from torchtitan_mixtures.objectives.next_token import NextTokenLoss, prepare_batch
+from torchtitan_mixtures.objectives.next_token import NextTokenLoss
 
 KEYS = {
     "dp_replicate": "data_parallel_replicate_degree",
@@ -229,7 +229,7 @@ class Run:
         self.loss_fn.meter.reset()
         for parameter in self.parameters().values():
             parameter.grad = None
-        inputs, targets, extra, kwargs = prepare_batch(
+        inputs, targets, extra, kwargs = self.loss_fn.prepare(
             self.parts[0],
             None,
             {name: self.share(tensor) for name, tensor in input_dict.items()},
@@ -306,7 +306,7 @@ def errors_of_a_step(
     expected_losses = {
         name: (float(nll / count), int(count))
         for name, nll, count in zip(
-            meter.modality_names, *meter.totals(torch.device("cpu")), strict=True
+            meter.names, *meter.totals(torch.device("cpu")), strict=True
         )
         if count
     }

@@ -10,16 +10,16 @@ from torchtitan.protocols.train_spec import get_train_spec
 from tests.gang import run_ranks
 from tests.jobs import debug_job
 from torchtitan_mixtures.metrics import (
+    bucket_scalars,
     build_metrics_processor,
     describe_losses,
-    modality_scalars,
     reduce_meter,
 )
-from torchtitan_mixtures.objectives.next_token import LossMeter
+from torchtitan_mixtures.objectives.meter import LossMeter
 
 
 def test_scalars_are_nats_bits_and_shares():
-    scalars = modality_scalars("modality", {"text": (math.log(2), 30), "image": (2.0, 10)})
+    scalars = bucket_scalars("modality", {"text": (math.log(2), 30), "image": (2.0, 10)})
     assert scalars["modality/text/bits_per_token"] == pytest.approx(1.0)
     assert scalars["modality/image/loss"] == 2.0
     assert scalars["modality/text/token_share"] == 0.75

@@ -29,7 +29,8 @@ def linear_betas(num_steps: int) -> Tensor:
     scale = 1000 / num_steps
     if scale * 2e-2 >= 1:
         raise ValueError(
-            f"noise_steps = {num_steps}: must be more than 20 with the linear noise_schedule."
+            f"objective.noise_steps = {num_steps}: must be more than 20 with the linear "
+            "noise_schedule."
         )
     return torch.linspace(scale * 1e-4, scale * 2e-2, num_steps, dtype=torch.float64, device="cpu")
 

@@ -29,6 +29,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_mixtures.context_parallel import shard_batch, shard_batch_for_ring
 from torchtitan_mixtures.data.vocabulary import token_model_args
 from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.objectives.meter import LossMeter
 
 
 class Targets(NamedTuple):
@@ -117,33 +118,6 @@ def prepare_batch(
     return inputs, targets, extra_inputs, extra_kwargs
 
 
-class LossMeter:
-    """Running sums of loss and supervised positions per modality, kept on the device.
-
-    Adding to it never waits for the device; reading does, and so happens only when metrics are
-    logged.
-    """
-
-    def __init__(self, modality_names: Sequence[str]):
-        self.modality_names = tuple(modality_names)
-        self.sums: Tensor | None = None  # (2, modalities) float64: nll sums, counts
-
-    def reset(self) -> None:
-        """Forget everything added so far."""
-        self.sums = None
-
-    def add(self, nll: Tensor, counts: Tensor) -> None:
-        """Add the nll sums and counts of one microbatch, each `(modalities,)`."""
-        update = torch.stack([nll.detach().double(), counts.double()])
-        self.sums = update if self.sums is None else self.sums + update
-
-    def totals(self, device: torch.device) -> Tensor:
-        """Return this rank's sums, `(2, modalities)` float64, zeros if nothing was added."""
-        if self.sums is None:
-            return torch.zeros(2, len(self.modality_names), dtype=torch.float64, device=device)
-        return self.sums
-
-
 def position_losses(pred: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each label.
 
@@ -186,6 +160,8 @@ class NextTokenLoss:
         self._position_losses = position_losses
         if compile_backend:
             self._position_losses = torch.compile(position_losses, backend=compile_backend)
+
+    prepare = staticmethod(prepare_batch)
 
     def __call__(self, pred: Tensor, targets: Targets | Tensor) -> Tensor:
         """Score logits `(batch, seq, vocab)` against targets; return a scalar sum in nats."""

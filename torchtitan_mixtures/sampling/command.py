@@ -9,25 +9,32 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
-from typing import TextIO
 
 # First: it points TorchTitan at the CPU if need be, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-import torch
-
-from torchtitan_mixtures.checkpoint_loading import LoadedCheckpoint, load_checkpoint
+from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures.checkpoint_loading import (
+    LoadedCheckpoint,
+    find_checkpoint,
+    load_checkpoint,
+)
 from torchtitan_mixtures.data.audio import read_wav
 from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.sources import Segment
-from torchtitan_mixtures.device import has_accelerator
+from torchtitan_mixtures.sampling import image_command
+from torchtitan_mixtures.sampling.command_line import (
+    ProgressBar,
+    check_numbers,
+    choose_device,
+    choose_folder,
+)
 from torchtitan_mixtures.sampling.generate import Prompt, Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, write_results
 from torchtitan_mixtures.sampling.settings import SamplingSettings
 from torchtitan_mixtures.user_errors import one_message
 
-DEFAULT_OUT = Path("outputs/samples")
 MODALITIES = ("text", "image", "speech")
 
 
@@ -47,11 +54,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     with one_message():
-        run(options)
+        path = find_checkpoint(options.checkpoint)
+        saved = checkpoint_config.read(path)
+        is_of_tokens = "modality_names" in saved["model_args"]
+        _refuse_others(options, path, saved["family"], is_of_tokens)
+        _check_flavor(options, path, saved["flavor"])
+        if is_of_tokens:
+            run(options)
+        else:
+            image_command.run(options)
+
+
+TOKEN_OPTIONS = ("prompt", "prompt_file", "image", "speech", "into", "top_k", "top_p")
+IMAGE_OPTIONS = ("class_labels", "sampler", "vae", "guided_channels", "eta")
+
+
+def _refuse_others(
+    options: argparse.Namespace, path: Path, family: str, is_of_tokens: bool
+) -> None:
+    """Refuse options that the family of a checkpoint has no use for."""
+    defaults = _parser().parse_args(["--checkpoint", ""])
+    for name in IMAGE_OPTIONS if is_of_tokens else TOKEN_OPTIONS:
+        if getattr(options, name) != getattr(defaults, name):
+            flag, what = name.replace("_", "-"), "tokens" if is_of_tokens else "images of classes"
+            raise ValueError(f"--{flag}: {path} is a model of {what} ({family}); leave it out.")
+
+
+def _check_flavor(options: argparse.Namespace, path: Path, flavor: str) -> None:
+    if options.model and options.model != flavor:
+        raise ValueError(f"--model {options.model}: {path} is a checkpoint of {flavor}.")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load the checkpoint, generate, write and print.
+    """Load the checkpoint of a model over tokens, generate, write and print.
 
     Raises:
         ValueError: Names the option or file, what is wrong and what would be right.
@@ -59,16 +94,11 @@ def run(options: argparse.Namespace) -> None:
     settings = SamplingSettings(
         **{field.name: getattr(options, field.name) for field in fields(SamplingSettings)}
     )
-    for name in ("num_samples", "batch_size"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(options, name)}: must be at least 1.")
-    folder = _choose_folder(options.out)
+    options.num_samples = 1 if options.num_samples is None else options.num_samples
+    check_numbers(options.num_samples, options.batch_size)
+    folder = choose_folder(options.out)
     texts = read_prompts(options)
-    device = torch.device("cpu")
-    if has_accelerator():
-        device = torch.accelerator.current_accelerator() or device
-    loaded = load_checkpoint(options.checkpoint, device)
+    loaded = load_checkpoint(options.checkpoint, choose_device())
     codecs = loaded.codecs
     requests = build_requests(options, texts, codecs)
     for request in requests:  # before any is answered
@@ -177,63 +207,47 @@ def _generate_all(
     return [Result(request.label, samples[i]) for i, request in enumerate(requests)]
 
 
-class ProgressBar:
-    """One line on a terminal that is written over; nothing elsewhere."""
-
-    WIDTH = 40
-
-    def __init__(self, title: str, stream: TextIO) -> None:
-        self._title, self._stream = title, stream
-        self._start = time.perf_counter()
-        self._drawn = ""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` steps are made."""
-        if not self._stream.isatty():
-            return
-        bar = "#" * (self.WIDTH * done // total)
-        seconds = time.perf_counter() - self._start
-        line = f"\r{self._title} [{bar:{self.WIDTH}}] {done}/{total} steps {seconds:.0f} s"
-        if line != self._drawn:
-            self._stream.write(line + ("\n" if done == total else ""))
-            self._stream.flush()
-            self._drawn = line
-
-
-def _choose_folder(out: Path | None) -> Path:
-    """The folder to write to, which holds nothing yet: `out`, or the next in `DEFAULT_OUT`."""
-    if out is None:
-        numbers = [int(path.name) for path in DEFAULT_OUT.glob("*") if path.name.isdigit()]
-        return DEFAULT_OUT / f"{max(numbers, default=0) + 1:03}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; name another one.")
-    return out
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Continue text, images or speech with a trained model: PNG, text, WAV."
+        description="Draw from a trained model: continue text, images or speech (PNG, text, WAV), "
+        "or images of classes (PNG)."
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run's dump folder, or one checkpoint of it")
+    add(
+        "--checkpoint",
+        "--ckpt",
+        required=True,
+        help="a run's dump folder, or one checkpoint of it",
+    )
+    add("--model", help="flavour that the checkpoint must be of")
+    add("--num-samples", type=int, help="of each prompt (default 1) or class (default 4)")
+    add("--batch-size", type=int, default=16, help="samples drawn together")
+    add("--guidance", "--cfg-scale", type=float, default=1.0, help="by prompt or class; 1: none")
+    add("--seed", type=int, default=0)
+    add(
+        "--out",
+        type=Path,
+        help="a new or empty folder; default: the next of outputs/samples/001, ...",
+    )
+    add = parser.add_argument_group("models over tokens").add_argument
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
     add("--prompt-file", type=Path, help="file with one text prompt per line")
     add("--image", type=Path, action="append", default=[], help="image file; may be repeated")
     add("--speech", type=Path, action="append", default=[], help="WAV file; may be repeated")
     add("--into", nargs="+", choices=MODALITIES, help="what to generate, one after the other in "
         "one document; default: image after a text, text after anything else")  # fmt: skip
-    add("--num-samples", type=int, default=1, help="of each prompt")
-    add("--batch-size", type=int, default=16, help="samples drawn together")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top-k", type=int, default=0, help="choose among so many tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="choose among tokens of this probability")
-    add("--guidance", type=float, default=1.0, help="of images by the prompt; 1: none")
-    add("--seed", type=int, default=0)
     add("--max-text-tokens", type=int, default=64)
     add("--max-speech-seconds", type=float, default=4.0)
-    add(
-        "--out",
-        type=Path,
-        help="a new or empty folder; default: the next of outputs/samples/001, ...",
-    )
+    add = parser.add_argument_group("models of images of classes").add_argument
+    add("--class-labels", type=int, nargs="+", help="classes to draw; default: the first eight")
+    add("--sampler", choices=("", "ddpm", "ddim", "euler"), default="", help="default: ddpm, or "
+        "euler for models of flow")  # fmt: skip
+    add("--num-steps", "--num-sampling-steps", type=int, default=50, help="steps to an image")
+    add("--eta", type=float, default=0.0, help="noise of ddim; 1: as much as ddpm")
+    add("--guided-channels", type=int, default=0, help="guide the first so many; 0: all")
+    add("--vae", help="folder of the VAE; default: that of the run")
+    add("--no-ema", action="store_true", help="the parameters, not their average")
     return parser

@@ -6,7 +6,7 @@ rank could run the model alone. Nothing drawn comes from a global generator.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
@@ -19,6 +19,10 @@ from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.media import Media
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
 from torchtitan_mixtures.sampling.generate import Sample, encode_prompts, generate
+from torchtitan_mixtures.sampling.images_during_training import (
+    build_image_sampler,
+    check_image_sampling,
+)
 from torchtitan_mixtures.sampling.results import Result, decode_speech, draw_sheet
 
 
@@ -32,10 +36,8 @@ def check_sampling(job_config: MixtureJobConfig, model_args: Any) -> None:
     if not config.interval:
         return
     if not hasattr(model_args, "modality_names"):
-        raise ValueError(
-            f"sampling.interval = {config.interval}: model.name = {job_config.model.name!r} is no "
-            "model over tokens; set it to 0."
-        )
+        check_image_sampling(job_config, model_args)
+        return
     if not config.prompts:
         raise ValueError("sampling.prompts = []: sampling.interval > 0 needs at least one prompt.")
     try:
@@ -50,8 +52,20 @@ def check_sampling(job_config: MixtureJobConfig, model_args: Any) -> None:
         raise ValueError(f"[sampling]: {error}") from error
 
 
+class Sampler(Protocol):
+    """Draws samples of a model while it trains."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether samples are to be drawn after this step."""
+        ...
+
+    def sample(self, model: nn.Module, step: int) -> None:
+        """Draw samples and log them; every rank must call this."""
+        ...
+
+
 class TrainingSampler:
-    """Draws the samples that `[sampling]` asks for."""
+    """Draws the samples of tokens that `[sampling]` asks for."""
 
     def __init__(self, job_config: MixtureJobConfig, processor: MixtureMetricsProcessor) -> None:
         """Take a job that passed `check_sampling`, and where its metrics go."""
@@ -115,10 +129,19 @@ class TrainingSampler:
 
 def build_sampler(
     job_config: MixtureJobConfig, model_args: Any, processor: MixtureMetricsProcessor
-) -> TrainingSampler | None:
+) -> Sampler | None:
     """Build the sampler of a job; None if it asks for no samples or they cannot be drawn."""
     if not job_config.sampling.interval:
         return None
+    metrics = job_config.metrics
+    if not (metrics.enable_tensorboard or metrics.enable_wandb):
+        logger.warning(
+            "No samples are drawn although sampling.interval > 0: there is no place for them "
+            "without metrics.enable_tensorboard or enable_wandb."
+        )
+        return None
+    if not hasattr(model_args, "modality_names"):
+        return build_image_sampler(job_config, model_args, processor)
     reason = _why_not(job_config, model_args)
     if reason is None:
         return TrainingSampler(job_config, processor)
@@ -127,10 +150,8 @@ def build_sampler(
 
 
 def _why_not(job_config: MixtureJobConfig, model_args: Any) -> str | None:
-    """Say why no samples can be drawn where the training itself works."""
-    metrics, layout = job_config.metrics, job_config.parallelism
-    if not (metrics.enable_tensorboard or metrics.enable_wandb):
-        return "there is no place for them without metrics.enable_tensorboard or enable_wandb"
+    """Say why no samples of tokens can be drawn where the training itself works."""
+    layout = job_config.parallelism
     for key in ("pipeline_parallel_degree", "context_parallel_degree"):
         if getattr(layout, key) > 1:
             return (

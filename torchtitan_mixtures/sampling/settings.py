@@ -1,11 +1,11 @@
-"""How samples are drawn; the numbers that a command line and a TOML have in common."""
+"""How samples are drawn; the values that a command line and a TOML have in common."""
 
 # `[sampling]` of job_config.py inherits the fields: nothing here may import the rest of the
 # package, and no `from __future__ import annotations`: TorchTitan wants their real types.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -56,6 +56,36 @@ def check_values(values: Any, prefix: str) -> None:
         "seed": (values.seed >= 0, "0 or more"),
         "max_text_tokens": (values.max_text_tokens >= 1, "1 or more"),
         "max_speech_seconds": (0 < values.max_speech_seconds < math.inf, "a finite number > 0"),
+    }
+    for key, (holds, allowed) in rules.items():
+        if not holds:
+            raise ValueError(f"{prefix}{key} = {getattr(values, key)}: must be {allowed}.")
+
+
+@dataclass
+class DenoisingSettings:
+    """How images are drawn out of noise; guidance and seed are those of `SamplingSettings`."""
+
+    sampler: Literal["", "ddpm", "ddim", "euler"] = ""
+    """`ddpm`: ancestral steps, `ddim`: steps with `eta`, both for models of kind ddpm; `euler`:
+    for models of kind flow. Empty = ddpm or euler."""
+
+    num_steps: int = 50
+    """Steps from noise to image."""
+
+    eta: float = 0.0
+    """Noise that `ddim` adds: 0 = none, 1 = as much as `ddpm`."""
+
+    guided_channels: int = 0
+    """Guide the first so many channels only. 0 = all."""
+
+
+def check_denoising(values: Any, prefix: str) -> None:
+    """Check the values of `DenoisingSettings`, as `check_values`."""
+    rules = {
+        "num_steps": (values.num_steps >= 1, "1 or more"),
+        "eta": (0 <= values.eta <= 1, "from 0 to 1"),
+        "guided_channels": (values.guided_channels >= 0, "0 (all) or more"),
     }
     for key, (holds, allowed) in rules.items():
         if not holds:

@@ -103,7 +103,7 @@ def test_a_stride_that_is_not_whole_names_what_is_possible():
 
 
 def test_too_few_noise_steps_are_named():
-    with pytest.raises(ValueError, match=r"^noise_steps = 20: must be more than 20 with"):
+    with pytest.raises(ValueError, match=r"^objective.noise_steps = 20: must be more than 20 with"):
         DDPM(4, num_steps=20)
     DDPM(4, num_steps=21)
     DDPM(4, num_steps=2, schedule="squared_cosine")

@@ -19,7 +19,8 @@ from torchtitan_mixtures.data.speech import build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer, build_text_tokenizer
 from torchtitan_mixtures.models.mot.args import MoTModelArgs
 from torchtitan_mixtures.models.mot.model import MoTTransformer
-from torchtitan_mixtures.sampling.command import ProgressBar, main
+from torchtitan_mixtures.sampling.command import main
+from torchtitan_mixtures.sampling.command_line import ProgressBar
 
 
 def tiny_model(**fields):

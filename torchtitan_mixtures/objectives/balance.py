@@ -1,0 +1,99 @@
+"""Losses that keep routers from sending all samples to the same experts, and what is reported.
+
+Source: Fedus, Zoph, Shazeer 2021 (arXiv 2101.03961), equation 4, with the load of all k choices
+instead of the first; z-loss: Zoph et al. 2022 (arXiv 2202.08906), equation 5. The load is that of
+the samples of all ranks in a microbatch (Qiu et al. 2025, arXiv 2501.11873), so that the loss does
+not depend on how many ranks share them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan_mixtures.objectives.outputs import RouterStatistics
+
+
+def mean_load(load: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Average the load over the ranks that hold other samples, `(layers, experts)`."""
+    load = load.detach().float()
+    if mesh is None or mesh.size() == 1:
+        return load
+    load = load.clone()
+    dist.all_reduce(load, group=mesh.get_group())
+    return load / mesh.size()
+
+
+def balance_loss(probabilities: Tensor, load: Tensor) -> Tensor:
+    """`experts * sum_e probability_e * load_e`, mean over layers.
+
+    Args:
+        probabilities: Mean probability of each expert, `(layers, experts)`.
+        load: Share of the choices that fell on it, `(layers, experts)`.
+
+    Returns:
+        A scalar: 1 if probabilities or load are even, the number of experts if all is one expert's.
+    """
+    return probabilities.shape[1] * (probabilities * load).sum(1).mean()
+
+
+class RouterMeter:
+    """Running mean of the load of each expert, kept on the device until metrics are logged."""
+
+    def __init__(self) -> None:
+        self.load: Tensor | None = None  # (layers, experts), sum over microbatches
+        self.balance: Tensor | None = None
+        self.count = 0
+
+    def reset(self) -> None:
+        """Forget everything added so far."""
+        self.load = self.balance = None
+        self.count = 0
+
+    def add(self, load: Tensor, balance: Tensor) -> None:
+        """Add the load of all ranks, `(layers, experts)`, and the balance loss of a microbatch."""
+        balance = balance.detach()
+        self.load = load if self.load is None else self.load + load
+        self.balance = balance if self.balance is None else self.balance + balance
+        self.count += 1
+
+    def scalars(self) -> dict[str, float]:
+        """What is logged: the balance loss, and of each layer the entropy and the largest load.
+
+        Loads are relative to an even one: 1 = even. Entropies are relative to that of an even load.
+        """
+        if self.load is None or self.balance is None:
+            return {}
+        load = self.load.double() / self.count
+        experts = load.shape[1]
+        entropy = torch.special.entr(load).sum(1) / torch.log(torch.tensor(float(experts)))
+        largest = load.max(1).values * experts
+        numbers = torch.stack([largest, entropy]).tolist()
+        scalars = {"router/balance_loss": float(self.balance) / self.count}
+        for name, values in zip(("largest_load", "load_entropy"), numbers, strict=True):
+            scalars |= {f"router/layer_{layer}/{name}": v for layer, v in enumerate(values)}
+        return scalars
+
+
+def router_losses(
+    router: RouterStatistics, mesh: DeviceMesh | None, balance_weight: float, z_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh the losses of a model's routers.
+
+    Args:
+        router: Statistics of this rank's samples.
+        mesh: The ranks that hold other samples.
+        balance_weight: Weight of `balance_loss`.
+        z_weight: Weight of the squared logarithm of the partition function.
+
+    Returns:
+        The weighted sum, a scalar; the load of all ranks `(layers, experts)`; the balance loss.
+    """
+    load = mean_load(router.load, mesh)
+    balance = balance_loss(router.probabilities, load)
+    loss = balance_weight * balance
+    if z_weight:
+        loss = loss + z_weight * router.z.mean()
+    return loss, load, balance

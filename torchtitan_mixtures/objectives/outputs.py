@@ -1,0 +1,36 @@
+"""What denoising models return and their losses take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RouterStatistics(NamedTuple):
+    """How the routers of a model decided about one batch; of this rank's samples.
+
+    Attributes:
+        probabilities: Mean over samples of each expert's probability, `(layers, experts)` float32;
+            carries the gradient of the balance loss.
+        load: Share of all choices that fell on each expert, `(layers, experts)` float32, rows sum
+            to 1; no gradient.
+        z: Mean over samples of the squared logarithm of the partition function, `(layers,)`
+            float32.
+    """
+
+    probabilities: Tensor
+    load: Tensor
+    z: Tensor
+
+
+class DenoiserOutput(NamedTuple):
+    """What a denoising model returns.
+
+    Attributes:
+        prediction: In patch space, `(batch, tokens, patch_size**2 * out_channels)`.
+        router: Statistics of its routers; None if it has none.
+    """
+
+    prediction: Tensor
+    router: RouterStatistics | None = None

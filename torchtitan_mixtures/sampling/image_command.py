@@ -1,0 +1,130 @@
+"""What `scripts/sample.py` does with a checkpoint of a denoising model: images of classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from torchtitan_mixtures.checkpoint_loading import LoadedModel, load_model
+from torchtitan_mixtures.data.image_data import image_spec
+from torchtitan_mixtures.data.vae import load_vae
+from torchtitan_mixtures.objectives.denoising import build_process
+from torchtitan_mixtures.sampling.command_line import (
+    ProgressBar,
+    check_numbers,
+    choose_device,
+    choose_folder,
+)
+from torchtitan_mixtures.sampling.images import (
+    check_classes,
+    check_image_settings,
+    draw_images,
+    in_batches,
+)
+from torchtitan_mixtures.sampling.pictures import SheetRow, contact_sheet
+from torchtitan_mixtures.sampling.settings import check_denoising
+
+GRID_NAME = "grid.png"
+TABLE_NAME = "samples.json"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the checkpoint, draw, write and print.
+
+    Raises:
+        ValueError: Names the option or file, what is wrong and what would be right.
+    """
+    check_denoising(options, "--")
+    options.num_samples = 4 if options.num_samples is None else options.num_samples
+    check_numbers(options.num_samples, options.batch_size)
+    folder = choose_folder(options.out)
+    device = choose_device()
+    loaded = load_model(options.checkpoint, device, averaged=not options.no_ema)
+    config, args = loaded.job_config, loaded.model_args
+    process = build_process(config.objective, args.in_channels)
+    settings = check_image_settings(options, process, args, config.objective.class_dropout, "--")
+    vae_folder = options.vae or config.multimodal.vae
+    if not vae_folder and args.in_channels != 3:
+        raise ValueError(
+            f"--vae: {loaded.path} draws latents of {args.in_channels} channels; name the folder "
+            "of the VAE that made them."
+        )
+    classes = options.class_labels or list(range(min(8, args.num_classes)))
+    check_classes(classes, args.num_classes, "--class-labels")
+    vae = load_vae(vae_folder, device) if vae_folder else None
+    start = time.perf_counter()
+    labels = [label for label in classes for _ in range(options.num_samples)]
+    progress = ProgressBar(f"{len(labels)} images", sys.stderr)
+    draw = partial(
+        draw_images,
+        loaded.model,
+        args,
+        process,
+        settings=settings,
+        device=device,
+        vae=vae,
+        progress=progress,
+    )
+    pictures = in_batches(draw, labels, options.batch_size)
+    seconds = time.perf_counter() - start
+    names = class_names(loaded)
+    facts = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "averaged": loaded.is_averaged,
+        "settings": asdict(settings),
+    }
+    write_images(folder, pictures, labels, names, options.num_samples, facts)
+    print(f"{len(labels)} images in {seconds:.1f} s: {folder}")
+
+
+def class_names(loaded: LoadedModel) -> Sequence[str]:
+    """Names of the classes, where the data of the run is still there to say them."""
+    try:
+        return image_spec(loaded.job_config).class_names
+    except ValueError:  # moved or deleted since: numbers must do
+        return [str(label) for label in range(loaded.model_args.num_classes)]
+
+
+def write_images(
+    folder: Path,
+    pictures: NDArray[np.uint8],
+    labels: Sequence[int],
+    names: Sequence[str],
+    columns: int,
+    facts: dict[str, Any],
+) -> None:
+    """Write a PNG for each image, a grid with a row for each class, and `samples.json`.
+
+    Args:
+        folder: A new or empty folder.
+        pictures: `(images, height, width, 3)` uint8, `columns` of each class in turn.
+        labels: Class of each.
+        names: Name of each class.
+        columns: Images of each class.
+        facts: What `samples.json` says beside the images; must be JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = []
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        file = f"image{number:04}_class{label:04}.png"
+        Image.fromarray(picture).save(folder / file)
+        table.append({"number": number, "class": label, "name": names[label], "file": file})
+    rows = [
+        SheetRow(f"{labels[first]} {names[labels[first]]}", list(pictures[first : first + columns]))
+        for first in range(0, len(labels), columns)
+    ]
+    Image.fromarray(contact_sheet(rows)).save(folder / GRID_NAME)
+    text = json.dumps({**facts, "samples": table}, indent=1, ensure_ascii=False) + "\n"
+    (folder / TABLE_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Images drawn by denoising models, of chosen classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from torchtitan_mixtures.data.vae import Vae
+from torchtitan_mixtures.objectives.ddpm import DDPM
+from torchtitan_mixtures.objectives.flow import RectifiedFlow
+from torchtitan_mixtures.objectives.patches import unpatchify
+from torchtitan_mixtures.objectives.process import Process
+from torchtitan_mixtures.sampling.denoise import (
+    Denoiser,
+    Progress,
+    guide,
+    noise_of_samples,
+    sample_ddim,
+    sample_ddpm,
+    sample_euler,
+)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are drawn; names and meanings are those of `[sampling]`."""
+
+    sampler: str
+    num_steps: int
+    eta: float
+    guidance: float
+    guided_channels: int
+    seed: int
+
+
+def check_image_settings(
+    settings: Any, process: Process, args: Any, class_dropout: float, prefix: str = ""
+) -> ImageSettings:
+    """Check settings against the model that is to draw with them.
+
+    Args:
+        settings: Has the attributes of `ImageSettings`; an empty `sampler` becomes the process's.
+        process: That of the model.
+        args: The model's arguments.
+        class_dropout: `objective.class_dropout` of its training.
+        prefix: Goes before the names in messages.
+
+    Raises:
+        ValueError: Names the setting, its value and what is allowed.
+    """
+    is_flow = isinstance(process, RectifiedFlow)
+    allowed = ("euler",) if is_flow else ("ddpm", "ddim")
+    sampler = settings.sampler or allowed[0]
+    if sampler not in allowed:
+        kind = "flow" if is_flow else "ddpm"
+        raise ValueError(
+            f"{prefix}sampler = {sampler!r}: a model of kind {kind} is drawn from with "
+            f"{' or '.join(allowed)}."
+        )
+    steps = settings.num_steps
+    if isinstance(process, DDPM) and steps > process.num_steps:
+        raise ValueError(
+            f"{prefix}num_steps = {steps}: must be at most {process.num_steps}, the noise levels "
+            "of the model."
+        )
+    if not 0 <= settings.guided_channels <= args.in_channels:
+        raise ValueError(
+            f"{prefix}guided_channels = {settings.guided_channels}: must be from 0 (all) to "
+            f"{args.in_channels}, the channels of the model's images."
+        )
+    if settings.guidance != 1 and class_dropout == 0:
+        raise ValueError(
+            f"{prefix}guidance = {settings.guidance}: the model was trained with "
+            "objective.class_dropout = 0 and does not know images without a class; use 1."
+        )
+    return ImageSettings(
+        sampler,
+        steps,
+        settings.eta,
+        settings.guidance,
+        settings.guided_channels,
+        settings.seed,
+    )
+
+
+def check_classes(labels: Sequence[int], num_classes: int, what: str) -> None:
+    """Refuse classes that a model does not have.
+
+    Raises:
+        ValueError: Names the class and how many there are.
+    """
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"{what} {label}: must be from 0 to {num_classes - 1}.")
+
+
+def make_denoiser(model: nn.Module, args: Any, labels: Tensor, settings: ImageSettings) -> Denoiser:
+    """Wrap a model for a sampler, with guidance if asked for.
+
+    Args:
+        model: In evaluation mode; returns a `DenoiserOutput`.
+        args: Its arguments.
+        labels: Class of each sample, `(batch,)` int64, on the model's device.
+        settings: See `check_image_settings`.
+    """
+
+    def predict(latents: Tensor, times: Tensor, classes: Tensor) -> Tensor:
+        prediction = model(latents, times, classes).prediction
+        return unpatchify(prediction, args.patch_size, args.out_channels, latents.shape[2])
+
+    def plain(latents: Tensor, times: Tensor) -> Tensor:
+        return predict(latents, times, labels)
+
+    def guided(latents: Tensor, times: Tensor) -> Tensor:
+        null = torch.full_like(labels, args.num_classes)
+        both = predict(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null]))
+        with_class, without = both.chunk(2)
+        return guide(
+            with_class, without, settings.guidance, args.in_channels, settings.guided_channels
+        )
+
+    return plain if settings.guidance == 1 else guided
+
+
+def draw_images(
+    model: nn.Module,
+    args: Any,
+    process: Process,
+    labels: Sequence[int],
+    numbers: Sequence[int],
+    settings: ImageSettings,
+    device: torch.device | str,
+    vae: Vae | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draw one image for each label.
+
+    Args:
+        model: In evaluation mode.
+        args: Its arguments.
+        process: What it was trained with.
+        labels: Class of each image.
+        numbers: Number of each image; with the seed it decides all that is drawn for it.
+        settings: See `check_image_settings`.
+        device: The model's.
+        vae: Makes pictures of latents; None: the model's images are pictures.
+        progress: Told of each step.
+
+    Returns:
+        `(batch, channels, height, width)` float32, pictures in [-1, 1], not clipped.
+    """
+    shape = (args.in_channels, args.image_size, args.image_size)
+    step_noise = noise_of_samples(settings.seed, torch.tensor(list(numbers)), shape, device)
+    classes = torch.tensor(list(labels), dtype=torch.int64, device=device)
+    denoiser = make_denoiser(model, args, classes, settings)
+    start = step_noise(0)
+    if isinstance(process, RectifiedFlow):
+        latents = sample_euler(denoiser, start, process, settings.num_steps, progress)
+    elif isinstance(process, DDPM) and settings.sampler == "ddim":
+        latents = sample_ddim(
+            denoiser, start, process, settings.num_steps, step_noise, settings.eta, progress
+        )
+    elif isinstance(process, DDPM):
+        latents = sample_ddpm(denoiser, start, process, settings.num_steps, step_noise, progress)
+    else:
+        raise TypeError(f"no sampler for {type(process).__name__}")
+    return latents if vae is None else vae.decode(latents)
+
+
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+    """Pictures in [-1, 1], `(batch, 3, height, width)`, as `(batch, height, width, 3)` uint8."""
+    scaled = (images.clamp(-1, 1) + 1) * 127.5
+    return scaled.round().permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+
+
+def in_batches(
+    draw: Callable[[Sequence[int], Sequence[int]], Tensor],
+    labels: Sequence[int],
+    batch_size: int,
+) -> NDArray[np.uint8]:
+    """Draw images numbered 0, 1, ... a batch at a time.
+
+    Args:
+        draw: Given labels and numbers; see `draw_images`.
+        labels: Class of each image.
+        batch_size: Images drawn together.
+
+    Returns:
+        `(images, height, width, 3)` uint8.
+    """
+    parts = []
+    for first in range(0, len(labels), batch_size):
+        chosen = labels[first : first + batch_size]
+        parts.append(to_pixels(draw(chosen, range(first, first + len(chosen)))))
+    return np.concatenate(parts)
