@@ -51,7 +51,7 @@ def test_an_interval_without_prompts_is_refused():
 
 @pytest.fixture
 def args():
-    return SimpleNamespace(is_untied=True)
+    return SimpleNamespace(is_untied=True, modality_names=["text", "image"])
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "context"])
@@ -66,7 +66,8 @@ def test_layouts_that_cannot_sample_train_without(kind, args, monkeypatch, caplo
 def test_a_dense_flavour_under_tensor_parallelism_trains_without(args, caplog):
     job = debug_job("mot", *ON, "--parallelism.tensor_parallel_degree=2")
     assert build_sampler(job, args, SimpleNamespace()) is not None
-    assert build_sampler(job, SimpleNamespace(is_untied=False), SimpleNamespace()) is None
+    dense = SimpleNamespace(is_untied=False, modality_names=["text", "image"])
+    assert build_sampler(job, dense, SimpleNamespace()) is None
     assert "cuts the sequences of a dense flavour" in caplog.text
 
 
