@@ -1,7 +1,8 @@
 """Prepares and shows data sets.
 
 `python scripts/prepare_data.py emoji` rebuilds the embedded corpus, `speech` its spoken names
-alone; `show CONFIG.toml --out page.html` shows the sequences that a configuration trains on.
+alone; `show CONFIG.toml --out page.html` shows the sequences that a configuration trains on;
+`encode-latents --path IMAGES --vae DIR --out LATENTS` encodes a folder of images for training.
 """
 
 import argparse
@@ -87,6 +88,53 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
 
 
+def add_encode_latents(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `encode-latents`."""
+    parser = subcommands.add_parser(
+        "encode-latents",
+        help="encode a folder of images into latents of a VAE, to train on with source = folder",
+        description="Encode all splits of a folder with one folder of images per class (or train/ "
+        "and val/ of such). A run that was ended goes on where it was if it is repeated.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--path", required=True, help="folder of images")
+    parser.add_argument("--vae", required=True, help="local folder of a diffusers AutoencoderKL")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--size", type=int, default=256, help="of the pictures, in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that decode (default: %(default)s)"
+    )
+    parser.add_argument("--flip", action="store_true", help="encode mirrored pictures too")
+    parser.add_argument("--half", action="store_true", help="store float16 instead of float32")
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        help="share of broken images above which to stop (default: %(default)s)",
+    )
+    parser.set_defaults(run=encode_latents)
+
+
+def encode_latents(arguments: argparse.Namespace) -> None:
+    """Encode the images."""
+    from torchtitan_mixtures.data.encode_latents import Encoding, encode
+
+    names = ("path", "vae", "out", "size", "batch_size", "num_workers", "flip", "half")
+    values = {name: getattr(arguments, name) for name in (*names, "max_bad_fraction")}
+    index = encode(Encoding(**values), lambda line: print(line, flush=True))
+    images = sum(shard.images for shards in index.splits.values() for shard in shards)
+    print(
+        f"{images} images of {len(index.class_names)} classes in {arguments.out}; train with "
+        f"--multimodal.source folder --multimodal.path {arguments.out} "
+        f"--multimodal.image_size {index.size}"
+    )
+
+
 def main() -> None:
     """Read the command line and run one subcommand."""
     parser = argparse.ArgumentParser(
@@ -97,6 +145,7 @@ def main() -> None:
     add_emoji(subcommands)
     add_speech(subcommands)
     add_show(subcommands)
+    add_encode_latents(subcommands)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.overrides and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")

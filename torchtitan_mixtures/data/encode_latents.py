@@ -1,0 +1,274 @@
+"""Encodes a folder of images into latents, once, so that training needs no VAE.
+
+The result is described in `latents.py`. Shards are written whole or not at all, and those that are
+there are kept: a run that ended early goes on where it was. Images that cannot be read are left out
+and named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from torchtitan_mixtures.data.image_files import BrokenImageError
+from torchtitan_mixtures.data.image_sets import ClassFolders, ClassImage, FolderImages
+from torchtitan_mixtures.data.latents import (
+    FORMAT_VERSION,
+    INDEX,
+    PLAN,
+    LatentIndex,
+    LatentShard,
+    write_json,
+)
+from torchtitan_mixtures.data.vae import Vae, load_vae, read_vae_config
+
+SHARD_BYTES = 1 << 28
+"""About how large shards are; one is in memory while it is made."""
+
+_BROKEN = "broken"
+"""Key of a shard's metadata: the images left out of it, as a JSON list."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is to be encoded, and how."""
+
+    path: str
+    """Folder of images, see `ClassFolders`; all its splits are encoded."""
+
+    vae: str
+    """Local folder of the VAE."""
+
+    out: Path
+    """Folder to write."""
+
+    size: int = 256
+    """Height and width of the pictures, of which latents have a fraction."""
+
+    flip: bool = False
+    """Encode mirrored pictures as well, for `multimodal.random_flip`."""
+
+    half: bool = False
+    """Store float16: half the size, and an error far below the posterior's deviation."""
+
+    max_bad_fraction: float = 0.01
+    """Share of broken images above which encoding stops."""
+
+    batch_size: int = 32
+    """Pictures that the VAE encodes at a time."""
+
+    num_workers: int = 0
+    """Processes that decode files."""
+
+    shard_bytes: int = SHARD_BYTES
+    """About how large shards are."""
+
+
+def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
+    """Encode a folder of images, or what is left of it.
+
+    Args:
+        encoding: What to encode.
+        report: Is told of progress and of broken images, in lines.
+
+    Returns:
+        What was written as `latents.json`.
+
+    Raises:
+        ValueError: Something is missing or does not fit, the folder to write holds something else,
+            or too many images are broken.
+    """
+    config = read_vae_config(encoding.vae)
+    if encoding.size < 1 or encoding.size % config.factor:
+        raise ValueError(
+            f"--size {encoding.size}: must be a multiple of {config.factor}, by which latents of "
+            f'"{encoding.vae}" are smaller.'
+        )
+    for name in ("batch_size", "shard_bytes"):
+        if getattr(encoding, name) < 1:
+            key = name.replace("_", "-")
+            raise ValueError(f"--{key} {getattr(encoding, name)}: must be at least 1.")
+    folders = ClassFolders(encoding.path, key="--path")
+    for split in folders.splits:
+        folders.check_split("--path", split)
+    splits = {split: FolderImages(folders, split, encoding.size) for split in folders.splits}
+    size = encoding.size // config.factor
+    moments = 4 if encoding.flip else 2
+    image_bytes = config.channels * size**2 * moments * (2 if encoding.half else 4)
+    per_shard = max(1, encoding.shard_bytes // image_bytes)
+    about = {
+        "channels": config.channels,
+        "size": size,
+        "picture_size": encoding.size,
+        "scaling_factor": config.scaling,
+        "shift_factor": config.shift,
+        "vae_sha256": _hash_vae(Path(encoding.vae).expanduser()),
+        "dtype": "float16" if encoding.half else "float32",
+        "is_flipped": encoding.flip,
+    }
+    names = {split: images.fingerprint() for split, images in splits.items()}
+    classes = list(folders.class_names)
+    _begin(encoding.out, {**about, "images in a shard": per_shard, "classes": classes, **names})
+    if (encoding.out / INDEX).is_file():
+        report(f"{encoding.out} is complete already")
+        return LatentIndex.read(encoding.out)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    encoder = _Encoder(encoding, load_vae(encoding.vae, device), device, report)
+    shards = {split: encoder.encode_split(split, splits[split], per_shard) for split in splits}
+    index = LatentIndex(**about, class_names=folders.class_names, splits=shards)
+    index.write(encoding.out)
+    return index
+
+
+class _Encoder:
+    """Encodes one split after the other, and counts over all of them."""
+
+    def __init__(
+        self, encoding: Encoding, vae: Vae, device: torch.device, report: Callable[[str], None]
+    ) -> None:
+        self._encoding = encoding
+        self._vae = vae
+        self._device = device
+        self._report = report
+        self._num_seen = 0
+        self._broken: list[str] = []
+        self._next_report = time.monotonic()
+
+    def encode_split(
+        self, split: str, images: FolderImages, per_shard: int
+    ) -> tuple[LatentShard, ...]:
+        """Encode what is not encoded yet, and list all shards of the split."""
+        shards = []
+        for start in range(0, len(images), per_shard):
+            numbers = range(start, min(start + per_shard, len(images)))
+            path = self._encoding.out / f"{split}-{len(shards):05d}.safetensors"
+            if not path.is_file():
+                self._write_shard(path, split, images, numbers)
+            num_images, broken = _read_shard(path)
+            self._num_seen += len(numbers)
+            self._broken += broken
+            self._judge(is_end=numbers.stop == len(images))
+            shards.append(LatentShard(path.name, num_images, path.stat().st_size))
+        return tuple(shards)
+
+    def _write_shard(self, path: Path, split: str, images: FolderImages, numbers: range) -> None:
+        loader = DataLoader(
+            _Pictures(images, numbers),
+            self._encoding.batch_size,
+            num_workers=self._encoding.num_workers,
+            collate_fn=list,
+        )
+        parts: list[dict[str, Tensor]] = []
+        broken: list[str] = []
+        done = numbers.start
+        for batch in loader:
+            broken += [item for item in batch if isinstance(item, str)]
+            read = [item for item in batch if isinstance(item, ClassImage)]
+            if read:
+                parts.append(self._moments(read))
+            done += len(batch)
+            if time.monotonic() >= self._next_report or done == len(images):
+                self._report(f"{split}: {done} of {len(images)} images")
+                self._next_report = time.monotonic() + 10
+        for name in broken:
+            self._report(f"broken image left out: {name}")
+        if not parts:
+            raise ValueError(f"{len(numbers)} images in a row are broken, the last: {broken[-1]}")
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        temporary = path.with_name(path.name + ".tmp")
+        # Not `save_file`, whose files nobody else may read.
+        temporary.write_bytes(save(tensors, metadata={_BROKEN: json.dumps(broken)}))
+        temporary.replace(path)
+
+    def _moments(self, read: list[ClassImage]) -> dict[str, Tensor]:
+        """The tensors of a shard for some images."""
+        pixels = torch.stack([item.image for item in read]).to(self._device)
+        dtype = torch.float16 if self._encoding.half else torch.float32
+        tensors = dict(zip(("mean", "std"), self._vae.moments(pixels), strict=True))
+        if self._encoding.flip:
+            flipped = self._vae.moments(pixels.flip(-1))
+            tensors |= dict(zip(("mean_flipped", "std_flipped"), flipped, strict=True))
+        tensors = {key: part.to("cpu", dtype).contiguous() for key, part in tensors.items()}
+        return {**tensors, "labels": torch.tensor([item.label for item in read])}
+
+    def _judge(self, is_end: bool) -> None:
+        """Stop if too many images are broken, once there are enough of them to tell."""
+        limit = self._encoding.max_bad_fraction
+        if len(self._broken) > limit * self._num_seen and (is_end or self._num_seen >= 100):
+            raise ValueError(
+                f"{len(self._broken)} of {self._num_seen} images are broken; --max-bad-fraction "
+                f"{limit} allows {limit:.1%}. Among them: {'; '.join(self._broken[:5])}. Repair "
+                "them and delete what was written, or raise the limit."
+            )
+
+
+class _Pictures(Dataset):
+    """Some images of a split; in place of a broken one what is wrong with it."""
+
+    def __init__(self, images: FolderImages, numbers: range) -> None:
+        self._images = images
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> ClassImage | str:
+        number = self._numbers[index]
+        try:
+            return self._images.read(number)
+        except BrokenImageError as error:
+            return f"{self._images.key(number)} ({error})"
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder, or check that what is in it was begun for the same plan.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    plan = {"format_version": FORMAT_VERSION, **plan}
+    if not (out / PLAN).is_file():
+        if out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
+            raise ValueError(f"--out {out}: exists and holds no latents; name a new folder.")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PLAN, plan)
+        return
+    try:
+        found = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        differing = next((key for key in plan if plan[key] != found.get(key)), None)
+    except (ValueError, AttributeError):
+        differing = "a readable plan"
+    if differing is not None:
+        raise ValueError(
+            f"--out {out}: was begun with another {differing} ({out / PLAN}); name a new folder, "
+            "or delete this one."
+        )
+
+
+def _read_shard(path: Path) -> tuple[int, list[str]]:
+    """Count the images of a finished shard and list those left out of it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice("labels").get_shape()[0], json.loads(file.metadata()[_BROKEN])
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: corrupt ({error}); delete it and run again.") from error
+
+
+def _hash_vae(folder: Path) -> str:
+    """Hash the files that decide what latents look like."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

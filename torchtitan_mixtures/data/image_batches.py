@@ -1,0 +1,233 @@
+"""Batches of class images: read in an order that depends on no rank, worker or batch size.
+
+The samples of a run have numbers g = 0, 1, 2, ... over all ranks, steps and epochs. Sample g is in
+epoch g // images, at place g % images of that epoch's order, which follows from the seed and the
+epoch. A step takes the next samples, as many as the global batch has; a microbatch of all ranks the
+next `ranks * local_batch_size` of them, of which each rank takes a run. So what a step sees depends
+on no rank, worker or local batch size, and all there is to save is how many samples are consumed.
+
+A batch is `(input_dict, labels)`:
+
+| key            | shape, dtype                               | meaning                            |
+|----------------|--------------------------------------------|------------------------------------|
+| `input`        | `(batch, channels, height, width)` float32 | pixels in [-1, 1], or mean latents |
+| `latent_std`   | like `input`; for encoded latents alone    | their standard deviation           |
+| `class_labels` | `(batch,)` int64                           | class                              |
+| `sample_index` | `(batch,)` int64                           | g; in validation the image's index |
+| labels         | `(batch, tokens)` int64                    | 0, or -100 = no loss               |
+
+A broken image is counted and logged, and the run stops when there are too many
+(`multimodal.max_bad_fraction`). In training the next one that can be read takes its place, in
+validation it is left without loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from torchtitan_mixtures.data.batch import IGNORE_INDEX
+from torchtitan_mixtures.data.image_files import BrokenImageError
+from torchtitan_mixtures.data.image_sets import ClassImage, ImageSet
+from torchtitan_mixtures.data.samples import SampleJudge
+from torchtitan_mixtures.data.shards import Share
+from torchtitan_mixtures.data.sources import document_rng, epoch_order
+from torchtitan_mixtures.job_config import Multimodal
+
+MAX_REPLACEMENTS = 100
+"""Broken images in a row after which no replacement is looked for any more."""
+
+
+class Draw(NamedTuple):
+    """A sample as it was read.
+
+    Attributes:
+        number: Its `sample_index`.
+        image: None if it could not be read.
+        broken: Key and reason of every image that was tried in vain.
+    """
+
+    number: int
+    image: ClassImage | None
+    broken: Sequence[tuple[str, str]] = ()
+
+
+class CollatedDraws(NamedTuple):
+    """A batch, and what is to be counted of it."""
+
+    input_dict: dict[str, Tensor]
+    labels: Tensor
+    num_read: int
+    broken: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of draws.
+
+    Attributes:
+        shape: Of an image, `(channels, height, width)`.
+        has_std: Whether images are latents with a standard deviation.
+        num_tokens: Positions of an image in the model.
+        batch_size: Samples of a batch; if there are fewer, the rest is padding without loss.
+    """
+
+    shape: tuple[int, int, int]
+    has_std: bool
+    num_tokens: int
+    batch_size: int
+
+    def __call__(self, draws: Sequence[Draw]) -> CollatedDraws:
+        """Make a batch; what could not be read has no loss."""
+        size = self.batch_size
+        inputs = {"input": torch.zeros(size, *self.shape)}
+        if self.has_std:
+            inputs["latent_std"] = torch.zeros(size, *self.shape)
+        inputs["class_labels"] = torch.zeros(size, dtype=torch.int64)
+        inputs["sample_index"] = torch.zeros(size, dtype=torch.int64)
+        labels = torch.full((size, self.num_tokens), IGNORE_INDEX)
+        for row, draw in enumerate(draws):
+            inputs["sample_index"][row] = draw.number
+            if draw.image is None:
+                continue
+            inputs["input"][row] = draw.image.image
+            if draw.image.std is not None:
+                inputs["latent_std"][row] = draw.image.std
+            inputs["class_labels"][row] = draw.image.label
+            labels[row] = 0
+        num_read = sum(draw.image is not None for draw in draws)
+        return CollatedDraws(inputs, labels, num_read, [b for draw in draws for b in draw.broken])
+
+
+class BrokenImageCounter:
+    """Counts images and stops the run if too many are broken; see `SampleJudge`.
+
+    Each rank judges what it reads itself, from the start or the resumption of the run on.
+    """
+
+    def __init__(self, config: Multimodal, split: str) -> None:
+        self._judge = SampleJudge(config, split)
+        self._counts = self._judge.new_counts()
+
+    def add(self, batch: CollatedDraws) -> None:
+        """Count the images of a batch."""
+        self._counts.seen += batch.num_read
+        self._counts.good_in_epoch += batch.num_read
+        for key, reason in batch.broken:
+            self._counts.seen += 1
+            self._judge.count_bad(self._counts, key, ValueError(reason))
+
+    def end_epoch(self) -> None:
+        """Judge a whole epoch, however few images it has."""
+        self._judge.end_epoch(self._counts)
+
+
+class TrainingImages(IterableDataset):
+    """The microbatches of one data-parallel rank, endless.
+
+    With worker processes, iterating yields every w-th of them, such that `DataLoader`, which asks
+    its workers in turn, has them all in order.
+
+    Args:
+        images: The split.
+        config: The `[multimodal]` section.
+        rank: Data-parallel rank.
+        collator: Makes batches.
+    """
+
+    def __init__(
+        self, images: ImageSet, config: Multimodal, rank: Share, collator: Collator
+    ) -> None:
+        self.images = images
+        self.num_consumed = 0
+        """Samples that were handed out on all ranks together; where the next iteration starts."""
+        self.samples_of_round = collator.batch_size * rank.count
+        self._config = config
+        self._rank = rank
+        self._collator = collator
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
+
+    def __iter__(self) -> Iterator[CollatedDraws]:
+        """Iterate from `num_consumed` on."""
+        worker = _this_worker()
+        batch_size = self._collator.batch_size
+        first_of_rank = self.num_consumed + self._rank.index * batch_size
+        for round_ in itertools.count(worker.index, worker.count):
+            first = first_of_rank + round_ * self.samples_of_round
+            yield self._collator([self.draw(first + place) for place in range(batch_size)])
+
+    def draw(self, number: int) -> Draw:
+        """Read a sample of the run; for a broken one the next that is not."""
+        size = len(self.images)
+        epoch, place = divmod(number, size)
+        index = int(self._order(epoch)[place])
+        is_flipped = False
+        if self._config.random_flip:
+            is_flipped = document_rng(self._config.seed, number, "flip").random() < 0.5
+        broken = []
+        for step in range(min(size, MAX_REPLACEMENTS)):
+            candidate = (index + step) % size
+            try:
+                return Draw(number, self.images.read(candidate, is_flipped), broken)
+            except BrokenImageError as error:
+                broken.append((self.images.key(candidate), str(error)))
+        return Draw(number, None, broken)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders[epoch] = epoch_order(self._config.seed, epoch, len(self.images))
+            for finished in sorted(self._orders)[:-2]:  # a microbatch may lie in two
+                del self._orders[finished]
+        return self._orders[epoch]
+
+
+class ValidationImages(IterableDataset):
+    """One pass over a split in a fixed mixed order, in batches of one data-parallel rank.
+
+    Mixed, since `validation.steps` may end it early and the images are sorted by class; the order
+    is that of no seed, so that runs can be compared. All ranks have the same number of batches.
+
+    Args:
+        images: The split.
+        rank: Data-parallel rank.
+        collator: Makes batches.
+        max_batches: Batches of a pass at most; -1 = no limit.
+    """
+
+    def __init__(
+        self, images: ImageSet, rank: Share, collator: Collator, max_batches: int = -1
+    ) -> None:
+        self._images = images
+        self._rank = rank
+        self._collator = collator
+        self._samples_of_round = collator.batch_size * rank.count
+        whole = -(-len(images) // self._samples_of_round)
+        self.num_batches = whole if max_batches == -1 else min(whole, max_batches)
+
+    def __iter__(self) -> Iterator[CollatedDraws]:
+        """Ranks share the images of a round in turns, workers alternate in rounds."""
+        worker = _this_worker()
+        order = epoch_order(0, 0, len(self._images), "validation")
+        for round_ in range(worker.index, self.num_batches, worker.count):
+            of_all_ranks = order[round_ * self._samples_of_round :][: self._samples_of_round]
+            of_rank = of_all_ranks[self._rank.index :: self._rank.count]
+            yield self._collator([self._draw(int(index)) for index in of_rank])
+
+    def _draw(self, index: int) -> Draw:
+        try:
+            return Draw(index, self._images.read(index))
+        except BrokenImageError as error:
+            return Draw(index, None, [(self._images.key(index), str(error))])
+
+
+def _this_worker() -> Share:
+    info = get_worker_info()
+    return Share(info.id, info.num_workers) if info else Share(0, 1)

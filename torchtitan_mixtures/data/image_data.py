@@ -1,0 +1,206 @@
+"""What images a model of images trains on: their size, their classes and their splits.
+
+`multimodal.source` is `emoji` (the embedded drawings) or `folder`: pictures in one folder for each
+class, or latents that were encoded before. With `multimodal.vae` pictures become latents during
+training: the loaders yield pictures that are larger by the factor of the VAE.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from torchtitan.config import JobConfig
+
+from torchtitan_mixtures.data.emoji import SIZES, SPLITS
+from torchtitan_mixtures.data.image_sets import (
+    ClassFolders,
+    EmojiImages,
+    FolderImages,
+    ImageSet,
+    emoji_classes,
+)
+from torchtitan_mixtures.data.latents import (
+    ENCODE_COMMAND,
+    LatentImages,
+    LatentIndex,
+    is_latent_folder,
+)
+from torchtitan_mixtures.data.vae import read_vae_config
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.job_config import MixtureJobConfig, Multimodal
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model sees: pixels or latents, square."""
+
+    channels: int
+    size: int
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+def image_spec(job_config: JobConfig) -> ImageSpec:
+    """Say what the images of a job are, without reading any.
+
+    Args:
+        job_config: The whole configuration; read is its section multimodal.
+
+    Raises:
+        ValueError: Names the key of the section that does not fit, its value and the remedy.
+    """
+    config = _multimodal(job_config)
+    if config.source == "emoji":
+        if config.random_flip:
+            raise ValueError(
+                "multimodal.random_flip = true: mirrored emoji would lie (arrows, letters, flags); "
+                "set it to false."
+            )
+        _check_emoji_size(config)
+        return _pixel_spec(config, emoji_classes(config.class_of))
+    if config.source == "datasets":
+        raise ValueError(
+            'multimodal.source = "datasets": models of images read "emoji" or "folder"; write the '
+            "images into one folder per class and name that folder in multimodal.path."
+        )
+    if not config.path:
+        raise ValueError(
+            'multimodal.path = "": multimodal.source = "folder" needs a folder with one folder of '
+            f"images per class, or latents of `{ENCODE_COMMAND}`."
+        )
+    folder = Path(config.path).expanduser()
+    if is_latent_folder(folder):
+        return _latent_spec(config, _latent_index(folder))
+    return _pixel_spec(config, _class_folders(config.path, config.train_split).class_names)
+
+
+def picture_size(config: Multimodal) -> int:
+    """Height and width of what the loader yields: of pictures, if a VAE encodes them afterwards."""
+    return config.image_size * (read_vae_config(config.vae).factor if config.vae else 1)
+
+
+def check_splits(job_config: JobConfig) -> None:
+    """Check that the splits of a job exist.
+
+    Raises:
+        ValueError: Names the key, the split and those there are.
+    """
+    config = _multimodal(job_config)
+    check_split(job_config, "multimodal.train_split", config.train_split)
+    if job_config.validation.enable:
+        for split in config.validation_splits:
+            check_split(job_config, "multimodal.validation_splits", split)
+
+
+def check_split(job_config: JobConfig, key: str, split: str) -> None:
+    """Check that a job's images have a split.
+
+    Args:
+        job_config: The whole configuration.
+        key: The key that names the split, for the message.
+        split: The split.
+
+    Raises:
+        ValueError: They do not, or its classes are others than those of training.
+    """
+    config = _multimodal(job_config)
+    image_spec(job_config)
+    if config.source == "emoji":
+        _check_emoji_split(config, key, split)
+        return
+    folder = Path(config.path).expanduser()
+    if not is_latent_folder(folder):
+        _class_folders(config.path, config.train_split).check_split(key, split)
+    elif split not in (splits := _latent_index(folder).splits):
+        raise ValueError(
+            f'{key}: the latents in "{folder}" have no split "{split}"; their splits are '
+            f"{', '.join(splits)}."
+        )
+
+
+def open_images(job_config: JobConfig, key: str, split: str) -> ImageSet:
+    """Open a split of a job's images.
+
+    Args:
+        job_config: The whole configuration.
+        key: The key that names the split, for messages.
+        split: The split.
+
+    Raises:
+        ValueError: Names the key that does not fit, or the file that is broken.
+    """
+    check_split(job_config, key, split)
+    config = _multimodal(job_config)
+    if config.source == "emoji":
+        return EmojiImages(split, config.class_of, picture_size(config))
+    folder = Path(config.path).expanduser()
+    if is_latent_folder(folder):
+        return LatentImages(folder, split)
+    folders = _class_folders(config.path, config.train_split)
+    return FolderImages(folders, split, picture_size(config))
+
+
+def _multimodal(job_config: JobConfig) -> Multimodal:
+    """The section that this plugin adds to TorchTitan's configuration when it is parsed."""
+    return cast("MixtureJobConfig", job_config).multimodal
+
+
+# A start-up looks into the folder several times: for the model, the checks and each loader.
+_class_folders = functools.lru_cache(maxsize=4)(ClassFolders)
+_latent_index = functools.lru_cache(maxsize=4)(LatentIndex.read)
+
+
+def _pixel_spec(config: Multimodal, class_names: tuple[str, ...]) -> ImageSpec:
+    channels = read_vae_config(config.vae).channels if config.vae else 3
+    return ImageSpec(channels, config.image_size, len(class_names), class_names)
+
+
+def _latent_spec(config: Multimodal, index: LatentIndex) -> ImageSpec:
+    if config.vae:
+        raise ValueError(
+            f'multimodal.vae = "{config.vae}": multimodal.path = "{config.path}" holds latents, '
+            "which need no VAE in training; remove multimodal.vae."
+        )
+    if config.image_size != index.size:
+        raise ValueError(
+            f"multimodal.image_size = {config.image_size}: the latents in multimodal.path = "
+            f'"{config.path}" are {index.size} x {index.size}. Set it to {index.size}, or encode '
+            f"pictures of another size: {ENCODE_COMMAND} --size "
+            f"{config.image_size * index.picture_size // index.size}"
+        )
+    if config.random_flip and not index.is_flipped:
+        raise ValueError(
+            f'multimodal.random_flip = true: "{config.path}" has no latents of mirrored pictures; '
+            f"encode it with {ENCODE_COMMAND} --flip, or set it to false."
+        )
+    return ImageSpec(index.channels, index.size, len(index.class_names), index.class_names)
+
+
+def _check_emoji_size(config: Multimodal) -> None:
+    factor = picture_size(config) // config.image_size
+    if config.image_size * factor not in SIZES:
+        allowed = [str(size // factor) for size in SIZES if size % factor == 0]
+        why = f" with a VAE of factor {factor}" if config.vae else ""
+        remedy = f"set it to {', '.join(allowed)}" if allowed else "use another VAE"
+        raise ValueError(
+            f"multimodal.image_size = {config.image_size}: emoji have "
+            f"{', '.join(map(str, SIZES))} pixels; {remedy}{why}."
+        )
+
+
+def _check_emoji_split(config: Multimodal, key: str, split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(
+            f'{key}: the emoji corpus has no split "{split}" for models of images; its splits are '
+            f"{', '.join(SPLITS)}."
+        )
+    if config.class_of == "concept" and split == "unseen_concept":
+        raise ValueError(
+            f'{key}: the concepts of "unseen_concept" are no classes of training with '
+            'multimodal.class_of = "concept"; leave the split out ("unseen_style" has known '
+            'concepts), or set class_of = "group".'
+        )

@@ -1,0 +1,81 @@
+"""Image files made into square pictures, cropped as is usual for models of ImageNet."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_MAX_RATIO = 8
+"""Of the long side to the short one; what is beyond it is cut off before anything is enlarged."""
+
+
+class BrokenImageError(ValueError):
+    """An image that cannot be read, among others that can; says why, not which."""
+
+
+def read_picture(path: str, size: int) -> NDArray[np.uint8]:
+    """Decode a file, put it on white and crop it (`crop_centre`).
+
+    Args:
+        path: The file.
+        size: Height and width of the result.
+
+    Returns:
+        `(size, size, 3)` uint8, RGB.
+
+    Raises:
+        BrokenImageError: A broken file, or a picture that unpacks to an absurd size; the cause is
+            what the library below raised.
+    """
+    # Imported late: `datasets`, which opens what it reads, takes a second.
+    from torchtitan_mixtures.data.images import _open_image, _to_rgb
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns up to twice its limit: enough to fill the memory of many workers.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            content = Path(path).read_bytes()
+            if not content:
+                raise ValueError("empty file")
+            picture = _to_rgb(_open_image(content))
+    except MemoryError:
+        raise  # of this machine, not of the file
+    except Exception as error:  # as in `decode_image`: no class is narrower
+        reason = re.sub(r"<\S+ object at 0x\w+>", "it", str(error))
+        raise BrokenImageError(f"{type(error).__name__}: {reason}") from error
+    return np.asarray(crop_centre(picture, size), np.uint8)
+
+
+def crop_centre(picture: Image.Image, size: int) -> Image.Image:
+    """Shrink a picture until its short side is `size`, and keep the square in its middle.
+
+    As in guided diffusion (ADM) and DiT, so that statistics of the same images agree: halved by the
+    mean of 2 x 2 pixels while the short side is at least twice as long as needed, then resized once
+    by bicubic interpolation. Smaller pictures are enlarged.
+
+    Args:
+        picture: Of any size.
+        size: Height and width of the result.
+    """
+    short = min(picture.size)
+    if max(picture.size) > _MAX_RATIO * short:
+        # A line of 1 x 60,000 pixels would otherwise be enlarged along its whole length.
+        picture = _cut(picture, *(min(side, _MAX_RATIO * short) for side in picture.size))
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return _cut(picture, size, size)
+
+
+def _cut(picture: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

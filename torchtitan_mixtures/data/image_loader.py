@@ -1,0 +1,204 @@
+"""The data loaders of models of images; what a batch is says `image_batches.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_mixtures.data.batch import IGNORE_INDEX
+from torchtitan_mixtures.data.image_batches import (
+    BrokenImageCounter,
+    CollatedDraws,
+    Collator,
+    TrainingImages,
+    ValidationImages,
+)
+from torchtitan_mixtures.data.image_data import image_spec, open_images
+from torchtitan_mixtures.data.image_sets import ImageSet
+from torchtitan_mixtures.data.loader import _multimodal, _worker_options
+from torchtitan_mixtures.data.sequences import Batch
+from torchtitan_mixtures.data.shards import Share, check_fingerprint
+from torchtitan_mixtures.job_config import Multimodal
+
+_IDENTITY = (
+    "source",
+    "path",
+    "train_split",
+    "image_size",
+    "class_of",
+    "random_flip",
+    "vae",
+    "seed",
+)
+"""Keys on which the samples depend."""
+
+
+class ImageDataLoader(BaseDataLoader):
+    """Endless loader whose state is the number of samples consumed, the same on all ranks.
+
+    A state is refused if the run differs from the one that saved it in anything the samples depend
+    on; the number of ranks and the batch sizes may differ.
+
+    Args:
+        dataset: The microbatches of this rank.
+        counter: Counts its images.
+        fingerprint: TOML keys and values that must not change between save and resume.
+        **options: Options of `DataLoader` about worker processes.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainingImages,
+        counter: BrokenImageCounter,
+        fingerprint: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        self.fingerprint = fingerprint
+        self._dataset = dataset
+        self._counter = counter
+        self._options = options
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Continue after the last batch that was handed out, or from the loaded state."""
+        data, size = self._dataset, len(self._dataset.images)
+        for batch in _make_loader(data, self._options):
+            self._counter.add(batch)
+            if (batch.labels == IGNORE_INDEX).any():
+                raise ValueError(
+                    f"{len(batch.broken)} images in a row cannot be read, the last of them "
+                    f"{batch.broken[-1][0]}: {batch.broken[-1][1]}. Repair multimodal.path."
+                )
+            # Batches that workers have read ahead are in no state: only those handed out count.
+            before = data.num_consumed
+            data.num_consumed += data.samples_of_round
+            if data.num_consumed // size > before // size:
+                self._counter.end_epoch()
+            yield batch.input_dict, batch.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many samples all ranks have consumed, as JSON."""
+        return {
+            "fingerprint": json.dumps(self.fingerprint),
+            "num_consumed": json.dumps(self._dataset.num_consumed),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: The run that saved it differs in a way that would change or repeat data.
+        """
+        if not state_dict:  # TorchTitan's convention for "nothing was saved"
+            return
+        check_fingerprint(json.loads(state_dict["fingerprint"]), self.fingerprint)
+        self._dataset.num_consumed = json.loads(state_dict["num_consumed"])
+
+
+class ImageValidationLoader:
+    """Passes once over a split, the same way in every iteration.
+
+    Args:
+        dataset: The batches of this rank.
+        config: The `[multimodal]` section.
+        split: Name of the split.
+        **options: Options of `DataLoader` about worker processes.
+    """
+
+    def __init__(
+        self, dataset: ValidationImages, config: Multimodal, split: str, **options: Any
+    ) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._split = split
+        self._loader = _make_loader(dataset, options)
+
+    def __len__(self) -> int:
+        """Count the batches of a pass."""
+        return self._dataset.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Begin a pass."""
+        counter = BrokenImageCounter(self._config, self._split)
+        for batch in self._loader:
+            counter.add(batch)
+            yield batch.input_dict, batch.labels
+        counter.end_epoch()
+
+
+def build_image_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: JobConfig
+) -> ImageDataLoader:
+    """Build the endless loader of `multimodal.train_split` for a TrainSpec (`build_dataloader_fn`).
+
+    Args:
+        dp_world_size: Number of data-parallel ranks.
+        dp_rank: Index of this one.
+        tokenizer: Not used.
+        job_config: The whole configuration; read are its sections multimodal, training and model.
+
+    Raises:
+        ValueError: A key does not fit the others, or data is broken; names it and the remedy.
+    """
+    config = _multimodal(job_config)
+    images = open_images(job_config, "multimodal.train_split", config.train_split)
+    collator = _collator(job_config, images, job_config.training.local_batch_size)
+    fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
+    return ImageDataLoader(
+        TrainingImages(images, config, Share(dp_rank, dp_world_size), collator),
+        BrokenImageCounter(config, config.train_split),
+        {**fingerprint, **images.fingerprint()},
+        **_worker_options(job_config, "training"),
+    )
+
+
+def build_image_validation_dataloader(
+    dp_world_size: int, dp_rank: int, job_config: JobConfig, split: str
+) -> ImageValidationLoader:
+    """Build a loader that passes once over `split`.
+
+    It ends after `validation.steps` batches, or after all images. Every rank has the same number of
+    batches; the last ones may have padding, without loss.
+
+    Args:
+        dp_world_size: Number of data-parallel ranks.
+        dp_rank: Index of this one.
+        job_config: The whole configuration; read are its sections multimodal, validation and model.
+        split: One of `multimodal.validation_splits`.
+
+    Raises:
+        ValueError: A key does not fit the others, or data is broken; names it and the remedy.
+    """
+    config, settings = _multimodal(job_config), job_config.validation
+    images = open_images(job_config, "multimodal.validation_splits", split)
+    collator = _collator(job_config, images, settings.local_batch_size)
+    rank = Share(dp_rank, dp_world_size)
+    return ImageValidationLoader(
+        ValidationImages(images, rank, collator, settings.steps),
+        config,
+        split,
+        **_worker_options(job_config, "validation"),
+    )
+
+
+def _collator(job_config: JobConfig, images: ImageSet, batch_size: int) -> Collator:
+    model = job_config.model
+    model_args = cast(Any, get_train_spec(model.name).model_args[model.flavor])
+    num_tokens = (image_spec(job_config).size // model_args.patch_size) ** 2
+    return Collator(images.shape, images.has_std, num_tokens, batch_size)
+
+
+def _make_loader(
+    dataset: TrainingImages | ValidationImages, options: dict[str, Any]
+) -> DataLoader[CollatedDraws]:
+    options = dict(options)
+    options["pin_memory"] = options["pin_memory"] and torch.accelerator.is_available()
+    # A generator of its own: the default one would be advanced by every new iterator, and the
+    # random numbers of the training would depend on when validation ran.
+    return DataLoader(dataset, batch_size=None, generator=torch.Generator(), **options)
