@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import runpy
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.jobs import ROOT
 from tests.unit.data.image_jobs import make_job, save_tiny_vae, write_folder
 from torchtitan_mixtures.data import encode_latents as encode_module
 from torchtitan_mixtures.data import image_data
@@ -223,3 +226,17 @@ def test_another_process_opens_the_files_itself(pictures, vae, tmp_path):
     latents = open_train(tmp_path)
     copy = pickle.loads(pickle.dumps(latents))
     assert torch.equal(copy.read(7).image, latents.read(7).image)
+
+
+def test_the_command_encodes_and_says_how_to_train(pictures, vae, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = {"--path": pictures, "--vae": vae, "--out": out, "--size": 16, "--batch-size": 4}
+    words = [str(word) for option in options.items() for word in option]
+    script = str(ROOT / "scripts" / "prepare_data.py")
+    monkeypatch.setattr(sys, "argv", [script, "encode-latents", *words, "--flip", "--half"])
+    runpy.run_path(script, run_name="__main__")
+    assert f"14 images of 2 classes in {out}; train with" in capsys.readouterr().out
+    assert image_spec(latent_job(out, random_flip=True)).size == 8
+    monkeypatch.setattr(sys, "argv", [script, "encode-latents", *words])
+    with pytest.raises(SystemExit, match=r"prepare_data.py: --out .* another is_flipped"):
+        runpy.run_path(script, run_name="__main__")
