@@ -238,5 +238,5 @@ def test_the_command_encodes_and_says_how_to_train(pictures, vae, tmp_path, monk
     assert f"14 images of 2 classes in {out}; train with" in capsys.readouterr().out
     assert image_spec(latent_job(out, random_flip=True)).size == 8
     monkeypatch.setattr(sys, "argv", [script, "encode-latents", *words])
-    with pytest.raises(SystemExit, match=r"prepare_data.py: --out .* another is_flipped"):
+    with pytest.raises(SystemExit, match=r"prepare_data.py: --out .* was begun with another dtype"):
         runpy.run_path(script, run_name="__main__")
