@@ -22,7 +22,7 @@ from torchtitan_mixtures.data.image_batches import (
 )
 from torchtitan_mixtures.data.image_data import image_spec, open_images
 from torchtitan_mixtures.data.image_sets import ImageSet
-from torchtitan_mixtures.data.loader import _multimodal, _worker_options
+from torchtitan_mixtures.data.loader import multimodal_section, worker_options
 from torchtitan_mixtures.data.sequences import Batch
 from torchtitan_mixtures.data.shards import Share, check_fingerprint
 from torchtitan_mixtures.job_config import Multimodal
@@ -146,7 +146,7 @@ def build_image_dataloader(
     Raises:
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
     """
-    config = _multimodal(job_config)
+    config = multimodal_section(job_config)
     images = open_images(job_config, "multimodal.train_split", config.train_split)
     collator = _collator(job_config, images, job_config.training.local_batch_size)
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
@@ -154,7 +154,7 @@ def build_image_dataloader(
         TrainingImages(images, config, Share(dp_rank, dp_world_size), collator),
         BrokenImageCounter(config, config.train_split),
         {**fingerprint, **images.fingerprint()},
-        **_worker_options(job_config, "training"),
+        **worker_options(job_config, "training"),
     )
 
 
@@ -175,7 +175,7 @@ def build_image_validation_dataloader(
     Raises:
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
     """
-    config, settings = _multimodal(job_config), job_config.validation
+    config, settings = multimodal_section(job_config), job_config.validation
     images = open_images(job_config, "multimodal.validation_splits", split)
     collator = _collator(job_config, images, settings.local_batch_size)
     rank = Share(dp_rank, dp_world_size)
@@ -183,7 +183,7 @@ def build_image_validation_dataloader(
         ValidationImages(images, rank, collator, settings.steps),
         config,
         split,
-        **_worker_options(job_config, "validation"),
+        **worker_options(job_config, "validation"),
     )
 
 

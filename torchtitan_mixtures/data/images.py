@@ -27,14 +27,30 @@ def decode_image(value: Any, size: int) -> NDArray[np.uint8]:
         ValueError: A broken file, a picture that unpacks to an absurd size, or a value of another
             kind; the cause is what the library below raised.
     """
+    image = open_image(value)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+
+
+def open_image(value: Any) -> Image.Image:
+    """Decode and put on white.
+
+    Args:
+        value: See `decode_image`.
+
+    Returns:
+        An RGB image, upright.
+
+    Raises:
+        ValueError: See `decode_image`.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit: enough to fill the memory of many workers.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _open_image(value)
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = _to_rgb(image.crop((left, top, left + side, top + side)))
+            return _to_rgb(_open_image(value))
     except MemoryError:
         raise  # of this machine, not of the file
     # On broken bytes Pillow's formats raise OSError, SyntaxError, struct.error, zlib.error,
@@ -43,7 +59,6 @@ def decode_image(value: Any, size: int) -> NDArray[np.uint8]:
         # Without the addresses of objects, which say nothing and differ from run to run.
         reason = re.sub(r"<\S+ object at 0x\w+>", "it", str(error))
         raise ValueError(f"{type(error).__name__}: {reason}") from error
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
 
 
 def _open_image(value: Any) -> Image.Image:

@@ -125,7 +125,7 @@ def _as_it_is(item: Any) -> Any:
 
 def build_multimodal_tokenizer(job_config: JobConfig) -> TextTokenizer:
     """Build the text tokenizer that `multimodal.text_tokenizer` names."""
-    return build_text_tokenizer(_multimodal(job_config).text_tokenizer)
+    return build_text_tokenizer(multimodal_section(job_config).text_tokenizer)
 
 
 def build_multimodal_dataloader(
@@ -142,8 +142,8 @@ def build_multimodal_dataloader(
     Raises:
         ValueError: A key does not fit the others; names it, its value and the remedy.
     """
-    config, settings = _multimodal(job_config), job_config.training
-    options = _worker_options(job_config, "training")
+    config, settings = multimodal_section(job_config), job_config.training
+    options = worker_options(job_config, "training")
     num_shards = count_shards(job_config, dp_world_size)
     parts = _LoaderParts(job_config, tokenizer, "training", config.train_split)
     sequences = TrainingSequences(
@@ -203,7 +203,7 @@ def build_multimodal_validation_dataloader(
         job_config.validation.steps,
         parts.checked_ranges,
     )
-    return _make_loader(batches, **_worker_options(job_config, "validation"))
+    return _make_loader(batches, **worker_options(job_config, "validation"))
 
 
 def find_modalities(job_config: JobConfig, tokenizer: TextTokenizer) -> Modalities:
@@ -212,7 +212,7 @@ def find_modalities(job_config: JobConfig, tokenizer: TextTokenizer) -> Modaliti
     Raises:
         ValueError: The text tokenizer has more tokens than the flavour's vocabulary.
     """
-    model, config = job_config.model, _multimodal(job_config)
+    model, config = job_config.model, multimodal_section(job_config)
     model_args = token_model_args(job_config)
     if tokenizer.vocab_size > model_args.vocab_size:
         raise ValueError(
@@ -230,7 +230,7 @@ def check_settings(job_config: JobConfig) -> None:
         ValueError: A tokenizer is missing, broken or does not fit the model, an embedded file is
             missing or corrupt, or an image or a spoken name does not fit into a sequence.
     """
-    config = _multimodal(job_config)
+    config = multimodal_section(job_config)
     tokenizer = build_multimodal_tokenizer(job_config)
     image_tokenizer = build_image_tokenizer(config.image_tokenizer)
     modalities = find_modalities(job_config, tokenizer)
@@ -243,7 +243,7 @@ def check_settings(job_config: JobConfig) -> None:
         check_speech_fits(lengths)
 
 
-def _multimodal(job_config: JobConfig) -> Multimodal:
+def multimodal_section(job_config: JobConfig) -> Multimodal:
     """The section that this plugin adds to TorchTitan's configuration when it is parsed."""
     return job_config.multimodal  # pyrefly: ignore [missing-attribute]
 
@@ -258,7 +258,7 @@ class _LoaderParts:
         section: Literal["training", "validation"],
         split: str,
     ) -> None:
-        config, seq_len = _multimodal(job_config), getattr(job_config, section).seq_len
+        config, seq_len = multimodal_section(job_config), getattr(job_config, section).seq_len
         self.modalities = find_modalities(job_config, tokenizer)
         image_tokenizer = build_image_tokenizer(config.image_tokenizer)
         encoder = DocumentEncoder(
@@ -279,7 +279,7 @@ class _LoaderParts:
         self.checked_ranges = self.modalities.vocab_ranges if config.check_batches else None
 
 
-def _worker_options(
+def worker_options(
     job_config: JobConfig, section: Literal["training", "validation"]
 ) -> dict[str, Any]:
     """The options of a section's `dataloader`, without those that torch refuses."""
