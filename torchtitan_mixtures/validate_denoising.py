@@ -84,6 +84,7 @@ class DenoisingValidator(BaseValidator):
                 break
             input_dict = {k: v.to(utils.device_type) for k, v in input_dict.items()}
             labels = labels.to(utils.device_type)
+            input_dict["input"] = self.loss_fn.encode(input_dict, "validation")
             for level in range(self.mixture_config.objective.validation_levels):
                 inputs, targets, extra, _ = self.loss_fn.prepare(
                     model,

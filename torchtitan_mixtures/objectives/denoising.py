@@ -139,8 +139,8 @@ class DenoisingLoss:
             labels: `(batch, tokens)` int64.
             parallel_dims: The job's parallel layout.
             job_config: The job's configuration.
-            level: In validation, which of the fixed noise levels; classes are kept then. None:
-                draw times and drop classes.
+            level: In validation, which of the fixed noise levels; classes are kept then, and
+                `input` is what `encode` returned. None: draw times and drop classes.
 
         Returns:
             As TorchTitan's `post_dataloading_process`: inputs, targets, further inputs of `forward`
@@ -149,7 +149,7 @@ class DenoisingLoss:
         samples = input_dict["sample_index"].cpu()
         device = input_dict["input"].device
         purpose = "training" if level is None else f"validation level {level}"
-        clean = self._encode(input_dict, samples, purpose)
+        clean = input_dict["input"] if level is not None else self.encode(input_dict, purpose)
         uniform = draw_uniform(self._seed, samples, f"{purpose}, time")
         if level is None:
             times = self.process.times(uniform)
@@ -179,9 +179,17 @@ class DenoisingLoss:
         targets = DenoisingTargets(parts[0], parts[1], times, labels=parts[2])
         return noised, targets, extra, {}
 
-    def _encode(self, input_dict: dict[str, Tensor], samples: Tensor, purpose: str) -> Tensor:
-        """What the model is to see: the images, or latents drawn from what a VAE says of them."""
-        images = input_dict["input"]
+    def encode(self, input_dict: dict[str, Tensor], purpose: str) -> Tensor:
+        """What the model is to see: the images, or latents drawn from what a VAE says of them.
+
+        Args:
+            input_dict: The batch of an image loader, on the model's device.
+            purpose: What it is for; latents are drawn anew for each purpose.
+
+        Returns:
+            `(batch, channels, height, width)` float32.
+        """
+        images, samples = input_dict["input"], input_dict["sample_index"].cpu()
         if "latent_std" in input_dict:
             std = input_dict["latent_std"]
             noise = draw_normal(self._seed, samples, tuple(std.shape[1:]), f"{purpose}, latents")
