@@ -2,13 +2,16 @@
 
 `torch.nn.functional.grouped_mm` (2.13) leaves five things to its caller, which are settled here
 once: it compiles in bfloat16 only, counts as zero FLOPs, takes int32 ends only, rejects gradients
-with a stride of zero, and knows neither float64 nor rows that are not a multiple of 16 bytes. The
-caller's part: the last end equals the number of rows (further rows would stay uninitialised).
+with a stride of zero, and knows neither float64 nor rows that are not a multiple of 16 bytes. Rows
+after the last end would stay uninitialised: a caller who has some says so with `is_partial`.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -23,25 +26,34 @@ def _spans(ends: Tensor) -> list[slice]:
 
 
 @torch.library.custom_op("torchtitan_mixtures::grouped_mm", mutates_args=())
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, is_partial: bool = False) -> Tensor:
     """Multiply each group of rows by its own matrix.
 
     Args:
         x: `(rows, in)`; the rows of a group are neighbours.
         weight: One matrix per group, `(groups, in, out)`.
         ends: First row after each group, `(groups,)`, int32; the last one is `rows`.
+        is_partial: Whether the last end may be less. Rows after it are not read, and are zero in
+            the result and in the gradient of `x`.
 
     Returns:
         `(rows, out)`.
     """
     x = x.contiguous()
     if _is_supported(*weight.shape[1:], dtype=x.dtype):
-        return F.grouped_mm(x, weight, offs=ends)
-    return torch.cat([x[span] @ weight[group] for group, span in enumerate(_spans(ends))])
+        product = F.grouped_mm(x, weight, offs=ends)
+        if is_partial:
+            rows = torch.arange(x.shape[0], device=x.device)
+            product.masked_fill_((rows >= ends[-1])[:, None], 0)
+        return product
+    product = x.new_zeros(x.shape[0], weight.shape[2])
+    for group, span in enumerate(_spans(ends)):
+        torch.mm(x[span], weight[group], out=product[span])
+    return product
 
 
 @grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, ends: Tensor, is_partial: bool = False) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
@@ -69,25 +81,36 @@ def _(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1]).transpose(1, 2)
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    *tensors, ctx.is_partial = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, weight, ends = ctx.saved_tensors
-    grad_x = grouped_mm(grad, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
-    grad_weight = grouped_mm_weight_grad(x, grad, ends) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_weight, None
+    grad_x, grad_weight = None, None
+    if ctx.needs_input_grad[0]:
+        grad_x = grouped_mm(grad, weight.transpose(1, 2), ends, ctx.is_partial)
+    if ctx.needs_input_grad[1]:
+        grad_weight = grouped_mm_weight_grad(x, grad, ends)
+    return grad_x, grad_weight, None, None
 
 
 grouped_mm.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.torchtitan_mixtures.grouped_mm)
-def _grouped_mm_flops(x_shape, weight_shape, ends_shape, *, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
+def _rows_in_groups(rows: int, ends: Tensor) -> int:
+    """Rows that are really multiplied; all of them where `ends` has no values."""
+    if isinstance(ends, FakeTensor) or ends.device.type == "meta":
+        return rows
+    return int(ends[-1])
 
 
-@register_flop_formula(torch.ops.torchtitan_mixtures.grouped_mm_weight_grad)
-def _weight_grad_flops(x_shape, grad_shape, ends_shape, *, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape[0] * x_shape[1] * grad_shape[1]
+@register_flop_formula(torch.ops.torchtitan_mixtures.grouped_mm, get_raw=True)
+def _grouped_mm_flops(x: Tensor, weight: Tensor, ends: Tensor, *unused: Any, **named: Any) -> int:
+    return 2 * _rows_in_groups(x.shape[0], ends) * weight.shape[1] * weight.shape[2]
+
+
+@register_flop_formula(torch.ops.torchtitan_mixtures.grouped_mm_weight_grad, get_raw=True)
+def _weight_grad_flops(x: Tensor, grad: Tensor, ends: Tensor, *unused: Any, **named: Any) -> int:
+    return 2 * _rows_in_groups(x.shape[0], ends) * x.shape[1] * grad.shape[1]

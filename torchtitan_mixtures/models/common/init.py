@@ -7,6 +7,7 @@ with PyTorch's own functions, which know about meshes.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,6 +57,22 @@ def trunc_normal_(
 ) -> None:
     """Fill with a normal distribution cut at `a` and `b` (values, not multiples of `std`)."""
     _fill(parameter, lambda full, rng: nn.init.trunc_normal_(full, mean, std, a, b, generator=rng))
+
+
+def xavier_uniform_(
+    parameter: Tensor, fan_in: int | None = None, fan_out: int | None = None
+) -> None:
+    """Fill matrices with a uniform distribution of variance `2 / (fan_in + fan_out)`.
+
+    Args:
+        parameter: `(..., out, in)`: a matrix, or a stack of matrices that are drawn alike.
+        fan_in: None: `in`.
+        fan_out: None: `out`.
+    """
+    fan_in = parameter.shape[-1] if fan_in is None else fan_in
+    fan_out = parameter.shape[-2] if fan_out is None else fan_out
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    _fill(parameter, lambda full, rng: nn.init.uniform_(full, -bound, bound, generator=rng))
 
 
 @torch.no_grad()
