@@ -18,7 +18,8 @@ from pathlib import Path
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-import benchmark_mot  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mom  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mot  # pyrefly: ignore [missing-import]
 import benchmark_parallel  # pyrefly: ignore [missing-import]
 import benchmark_sampling  # pyrefly: ignore [missing-import]
 import torch
@@ -41,6 +42,15 @@ def add_mot(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return {**benchmark_mot.ROWS, **benchmark_sampling.ROWS}
 
 
+def add_mom(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """Flags of the family's own; its rows."""
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=benchmark_mom.SIZES, help="of block rows")
+    add("--dtypes", nargs="+", choices=list(benchmark_mom.DTYPES), help="of block rows")
+    add("--modes", nargs="+", choices=["eager", "compiled"], help="of block rows")
+    return benchmark_mom.ROWS
+
+
 def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     """Flags of the layouts of two processes; their rows."""
     layouts = list(benchmark_parallel.LAYOUTS)
@@ -48,7 +58,7 @@ def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_parallel.ROWS
 
 
-FAMILIES = {"mot": add_mot, "parallel": add_parallel}
+FAMILIES = {"mot": add_mot, "mom": add_mom, "parallel": add_parallel}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

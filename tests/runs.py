@@ -44,6 +44,9 @@ def train_until(stop: int | None, family: str, *overrides: str) -> dict:
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
         records["weights"][name] = whole.detach().double().sum().item()
+    if trainer.ema is not None:
+        averages = trainer.ema.state_dict().items()
+        records["averages"] = {name: t.double().sum().item() for name, t in averages}
     trainer.close()
     return records
 

@@ -29,6 +29,16 @@ mom_args = Flavors(
             mixer="attention",
             n_heads=4,
         ),
+        # As many multiply-adds as debugmodel_dit.
+        "debugmodel_matched": MoMModelArgs(
+            dim=128,
+            n_layers=4,
+            patch_size=4,
+            in_channels=3,
+            image_size=32,
+            num_classes=10,
+            channel_ratio=0.5,
+        ),
         # As many multiply-adds as DiT-S/4.
         "MoM-S/4-matched": MoMModelArgs(
             dim=384, n_layers=12, patch_size=4, token_ratio=4, channel_ratio=1.5
