@@ -204,20 +204,27 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
 
 def _check_image_data(job_config: MixtureJobConfig) -> None:
     """Check what is left after a model's arguments were completed from its images."""
-    mixture, defaults = job_config.mixture, Mixture()
-    for key in ("dispatch", "untie", "tower_of_modality", "context_parallel"):
-        value = getattr(mixture, key)
-        if value != getattr(defaults, key):
-            raise ValueError(
-                f"mixture.{key} = {value!r}: model.name = {job_config.model.name!r} has no towers "
-                "of modalities; remove the key."
-            )
+    keys = ("dispatch", "untie", "tower_of_modality", "context_parallel")
+    _refuse_mixture(job_config, keys, "towers of modalities")
     image_data.check_splits(job_config)
     build_process(job_config.objective, image_data.image_spec(job_config).channels)
 
 
+def _refuse_mixture(job_config: MixtureJobConfig, keys: Sequence[str], what: str) -> None:
+    """Refuse keys of `[mixture]` that are about something a family does not have."""
+    defaults = Mixture()
+    for key in keys:
+        value = getattr(job_config.mixture, key)
+        if value != getattr(defaults, key):
+            raise ValueError(
+                f"mixture.{key} = {value!r}: model.name = {job_config.model.name!r} has no {what}; "
+                "remove the key."
+            )
+
+
 def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
     data = job_config.multimodal
+    _refuse_mixture(job_config, ("routing", "top_k", "router_noise"), "router")
     if data.source == "folder":
         raise ValueError(
             f"multimodal.source = 'folder': holds images without captions, which model.name = "

@@ -185,6 +185,16 @@ class Mixture:
     of the sequence for heads; any attention mask. `ring`: TorchTitan's, with its keys
     context_parallel_load_balancer and context_parallel_rotate_method; accelerators only."""
 
+    routing: Literal["", "typed", "free"] = ""
+    """How a router chooses among mixers. `typed`: at least one that mixes tokens and one that mixes
+    channels. `free`: the likeliest. Empty = what the flavour says."""
+
+    top_k: int = 0
+    """Experts that a router chooses for each sample. 0 = what the flavour says."""
+
+    router_noise: float = -1.0
+    """Relative noise of what a router sees in training. -1 = what the flavour says."""
+
     tower_lr: Numbers = field(default_factory=dict)
     """Learning rate of towers by name, e.g. { text = 1e-4, image = 3e-3 }; `shared` means the
     parameters that all towers share. What is not named has optimizer.lr. The schedule scales all
@@ -199,6 +209,15 @@ class Mixture:
 
     def __post_init__(self) -> None:
         check_section("mixture", self)
+        if self.top_k < 0:
+            raise ValueError(
+                f"mixture.top_k = {self.top_k}: must be 1 or more (0: as the flavour says)."
+            )
+        if self.router_noise != -1 and not 0 <= self.router_noise < math.inf:
+            raise ValueError(
+                f"mixture.router_noise = {self.router_noise}: must be a finite number >= 0 (-1: as "
+                "the flavour says)."
+            )
         for key in ("tower_lr", "tower_weight_decay"):
             for tower, value in getattr(self, key).items():
                 if not 0 <= value < math.inf:

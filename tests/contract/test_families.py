@@ -84,9 +84,9 @@ def test_every_configuration_parses_and_names_a_flavour(config):
     assert "scripts/train.sh" in config.read_text() or "torchrun" in config.read_text()
 
 
-# Parameters of the flavour alone. Each code of a further modality adds 2 x dim; what models of images
-# see (channels, classes) changes embeddings and head. Published counts of MoM and DiT include their
-# position table (tokens x dim), which is fixed and no parameter here.
+# Parameters of the flavour alone. Each code of a further modality adds 2 x dim; what models of
+# images see (channels, classes) changes embeddings and head. Published counts of MoM and DiT have
+# the position table (tokens x dim) in them, which is fixed and no parameter here.
 PARAMETERS = {
     "mot/debugmodel": 11_278_592,
     "mot/debugmodel_flex_attn": 11_278_592,

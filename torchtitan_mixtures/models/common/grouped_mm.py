@@ -97,6 +97,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, No
 
 
 grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+for _device_type in ("cpu", "cuda"):
+    grouped_mm.register_autocast(_device_type, torch.bfloat16)
 
 
 def _rows_in_groups(rows: int, ends: Tensor) -> int:

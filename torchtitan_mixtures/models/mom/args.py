@@ -9,6 +9,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs
 
 from torchtitan_mixtures.data.image_data import image_spec
+from torchtitan_mixtures.job_config import Mixture
 from torchtitan_mixtures.models.mom.routing import Picks, count_picks
 
 Mixer = Literal["pool", "attention"]
@@ -191,7 +192,30 @@ class MoMModelArgs(BaseModelArgs):
         objective = job_config.objective  # pyrefly: ignore [missing-attribute]
         self.learned_variance = objective.kind == "ddpm" and objective.learned_variance
         self.init_seed = job_config.debug.seed
+        self._take_mixture(job_config.mixture)  # pyrefly: ignore [missing-attribute]
         self.check()
+
+    def _take_mixture(self, mixture: Mixture) -> None:
+        """Take over how the router chooses.
+
+        Raises:
+            ValueError: The flavour has no router.
+        """
+        defaults = Mixture()
+        for key in ("routing", "top_k", "router_noise"):
+            value = getattr(mixture, key)
+            if value != getattr(defaults, key) and self.mixer != "pool":
+                raise ValueError(
+                    f"mixture.{key} = {value!r}: a flavour with attention has no router; remove it."
+                )
+        if mixture.routing:
+            least = int(mixture.routing == "typed")
+            self.min_token_experts = min(least, self.num_token_experts)
+            self.min_channel_experts = min(least, self.num_channel_experts)
+        if mixture.top_k:
+            self.top_k = mixture.top_k
+        if mixture.router_noise >= 0:
+            self.router_noise = mixture.router_noise
 
     def check(self) -> None:
         """Raise ValueError, naming the field, for values and combinations that cannot work."""

@@ -104,7 +104,8 @@ class Mixers(nn.Module):
         def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             product = grouped_mm(x.flatten(0, 1), weight.transpose(1, 2), ends, is_partial)
             product = product.unflatten(0, (len(order), -1))
-            return product.add_(_BiasOfPairs.apply(bias, experts)[:, None])
+            # Not in place: selective activation checkpointing may have saved the product.
+            return product + _BiasOfPairs.apply(bias, experts)[:, None]
 
         out = layer(F.gelu(layer(pairs, w1, b1), approximate="tanh"), w2, b2)
         out = _Unsort.apply(out, order, places).unflatten(0, weights.shape)
