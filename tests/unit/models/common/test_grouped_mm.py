@@ -47,3 +47,45 @@ def test_flops_are_counted_forward_and_backward():
     with FlopCounterMode(display=False) as counter:
         grouped_mm(x, weight, torch.tensor([8, 24], dtype=torch.int32)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 24 * 8 * 16
+
+
+@pytest.mark.parametrize("stops", [[8, 24], [0, 16], [0, 0], [40, 40]])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.float64, 6)])
+def test_rows_after_the_last_end_are_neither_read_nor_left_undefined(dtype, width, stops):
+    ends, last = torch.tensor(stops, dtype=torch.int32), stops[-1]
+    x, weight = torch.randn(40, width, dtype=dtype), torch.randn(2, width, 24, dtype=dtype)
+    grad = torch.randn(40, 24, dtype=dtype)
+    x[last:], grad[last:] = torch.nan, torch.nan
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    output = grouped_mm(*inputs, ends, True)
+    output.backward(grad)
+    expected = loop(x[:last], weight, ends)
+    torch.testing.assert_close(output[:last], expected)
+    assert not output[last:].any()
+    grads = torch.autograd.grad(expected, inputs, grad[:last])
+    torch.testing.assert_close(x.grad[:last], grads[0][:last])
+    assert not x.grad[last:].any()
+    torch.testing.assert_close(weight.grad, grads[1])
+
+
+def test_only_rows_in_groups_count_as_flops():
+    x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(2, 8, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ends = torch.tensor([8, 24], dtype=torch.int32)
+        grouped_mm(x, weight, ends, True).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 24 * 8 * 16
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        grouped_mm(
+            torch.empty(40, 8), torch.empty(2, 8, 16), torch.empty(2, dtype=torch.int32), True
+        )
+    assert counter.get_total_flops() == 2 * 40 * 8 * 16  # no values, no ends
+
+
+def test_partial_operator_is_registered_soundly():
+    inputs = (
+        torch.randn(24, 8, requires_grad=True),
+        torch.randn(2, 8, 16, requires_grad=True),
+        torch.tensor([8, 16], dtype=torch.int32),
+        True,
+    )
+    torch.library.opcheck(grouped_mm, inputs)

@@ -57,6 +57,19 @@ def test_cut_off_is_meant_in_values():
     assert model[0].weight.min() >= -0.1 and model[0].weight.max() <= 0.2
 
 
+def test_stacked_matrices_are_drawn_as_matrices_of_their_own():
+    model = nn.ParameterDict({"stack": nn.Parameter(torch.empty(5, 40, 20))})
+    with init.parameter_names(model, 0):
+        init.xavier_uniform_(model["stack"])
+    bound = (6 / (40 + 20)) ** 0.5
+    for matrix in model["stack"]:
+        assert bound * 0.98 < matrix.abs().max() <= bound
+        assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    with init.parameter_names(model, 0):
+        init.xavier_uniform_(model["stack"], fan_in=2, fan_out=4)
+    assert 0.98 < model["stack"].abs().max() <= 1
+
+
 def shard(model, kind, world):
     if kind == "fsdp":
         return fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
