@@ -26,7 +26,13 @@ def _spans(ends: Tensor) -> list[slice]:
 
 
 @torch.library.custom_op("torchtitan_mixtures::grouped_mm", mutates_args=())
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, is_partial: bool = False) -> Tensor:
+def grouped_mm(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    is_partial: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Multiply each group of rows by its own matrix.
 
     Args:
@@ -34,7 +40,9 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, is_partial: bool = False
         weight: One matrix per group, `(groups, in, out)`.
         ends: First row after each group, `(groups,)`, int32; the last one is `rows`.
         is_partial: Whether the last end may be less. Rows after it are not read, and are zero in
-            the result and in the gradient of `x`.
+            the result and in the gradients.
+        bias: What is added to blocks of rows, `(blocks, out)`: a block is so many neighbours that
+            `blocks` of them are all rows; groups consist of whole ones.
 
     Returns:
         `(rows, out)`.
@@ -42,18 +50,31 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, is_partial: bool = False
     x = x.contiguous()
     if _is_supported(*weight.shape[1:], dtype=x.dtype):
         product = F.grouped_mm(x, weight, offs=ends)
-        if is_partial:
-            rows = torch.arange(x.shape[0], device=x.device)
-            product.masked_fill_((rows >= ends[-1])[:, None], 0)
-        return product
-    product = x.new_zeros(x.shape[0], weight.shape[2])
-    for group, span in enumerate(_spans(ends)):
-        torch.mm(x[span], weight[group], out=product[span])
+    else:
+        product = x.new_empty(x.shape[0], weight.shape[2])
+        for group, span in enumerate(_spans(ends)):
+            torch.mm(x[span], weight[group], out=product[span])
+    if bias is not None:
+        # Here and not outside, where it would cost another tensor of this size.
+        product.unflatten(0, (len(bias), -1)).add_(bias[:, None])
+    if is_partial:
+        product.masked_fill_(_is_after(ends, x.shape[0])[:, None], 0)
     return product
 
 
+def _is_after(ends: Tensor, rows: int, rows_per_block: int = 1) -> Tensor:
+    """Whether a block is after the last end, `(rows / rows_per_block,)` bool."""
+    return torch.arange(0, rows, rows_per_block, device=ends.device) >= ends[-1]
+
+
 @grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor, is_partial: bool = False) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    is_partial: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
@@ -81,19 +102,27 @@ def _(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1]).transpose(1, 2)
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    *tensors, ctx.is_partial = inputs
-    ctx.save_for_backward(*tensors)
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool, Tensor | None], output: Tensor
+) -> None:
+    x, weight, ends, ctx.is_partial, bias = inputs
+    ctx.num_blocks = 0 if bias is None else len(bias)
+    ctx.save_for_backward(x, weight, ends)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, ends = ctx.saved_tensors
-    grad_x, grad_weight = None, None
+    grad_x, grad_weight, grad_bias = None, None, None
     if ctx.needs_input_grad[0]:
         grad_x = grouped_mm(grad, weight.transpose(1, 2), ends, ctx.is_partial)
     if ctx.needs_input_grad[1]:
         grad_weight = grouped_mm_weight_grad(x, grad, ends)
-    return grad_x, grad_weight, None, None
+    if ctx.num_blocks and ctx.needs_input_grad[4]:
+        grad_bias = grad.unflatten(0, (ctx.num_blocks, -1)).sum(1)
+        if ctx.is_partial:
+            is_after = _is_after(ends, len(grad), len(grad) // ctx.num_blocks)
+            grad_bias = grad_bias.masked_fill(is_after[:, None], 0)
+    return grad_x, grad_weight, None, None, grad_bias
 
 
 grouped_mm.register_autograd(_backward, setup_context=_setup_context)

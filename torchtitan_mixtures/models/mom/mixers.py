@@ -102,10 +102,10 @@ class Mixers(nn.Module):
         ends = ends * x.shape[1]
 
         def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            product = grouped_mm(x.flatten(0, 1), weight.transpose(1, 2), ends, is_partial)
-            product = product.unflatten(0, (len(order), -1))
-            # Not in place: selective activation checkpointing may have saved the product.
-            return product + _BiasOfPairs.apply(bias.to(product.dtype), experts)[:, None]
+            bias = _BiasOfPairs.apply(bias, experts)  # (pairs, out)
+            weight = weight.transpose(1, 2)
+            product = grouped_mm(x.flatten(0, 1), weight, ends, is_partial, bias)
+            return product.unflatten(0, (len(order), -1))
 
         out = layer(F.gelu(layer(pairs, w1, b1), approximate="tanh"), w2, b2)
         out = _Unsort.apply(out, order, places).unflatten(0, weights.shape)

@@ -68,6 +68,27 @@ def test_rows_after_the_last_end_are_neither_read_nor_left_undefined(dtype, widt
     torch.testing.assert_close(weight.grad, grads[1])
 
 
+@pytest.mark.parametrize("is_partial", [False, True])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.float64, 6)])
+def test_bias_belongs_to_blocks_of_rows(dtype, width, is_partial):
+    stops = [8, 24] if is_partial else [16, 40]
+    ends, last = torch.tensor(stops, dtype=torch.int32), stops[-1]
+    inputs = [
+        torch.randn(40, width, dtype=dtype, requires_grad=True),
+        torch.randn(2, width, 24, dtype=dtype, requires_grad=True),
+        torch.randn(5, 24, dtype=dtype, requires_grad=True),
+    ]
+    x, weight, bias = inputs
+    grad = torch.randn(40, 24, dtype=dtype)
+    output = grouped_mm(x, weight, ends, is_partial, bias)
+    expected = loop(x[:last], weight, ends) + bias.repeat_interleave(8, 0)[:last]
+    torch.testing.assert_close(output[:last], expected)
+    assert not output[last:].any()
+    grads = torch.autograd.grad(output, inputs, grad)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, inputs, grad[:last]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_only_rows_in_groups_count_as_flops():
     x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(2, 8, 16, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -87,5 +108,6 @@ def test_partial_operator_is_registered_soundly():
         torch.randn(2, 8, 16, requires_grad=True),
         torch.tensor([8, 16], dtype=torch.int32),
         True,
+        torch.randn(3, 16, requires_grad=True),
     )
     torch.library.opcheck(grouped_mm, inputs)
