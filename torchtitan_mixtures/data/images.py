@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 def decode_image(value: Any, size: int) -> NDArray[np.uint8]:
@@ -46,6 +46,8 @@ def open_image(value: Any) -> Image.Image:
     Raises:
         ValueError: See `decode_image`.
     """
+    if isinstance(value, bytes) and not value:
+        raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit: enough to fill the memory of many workers.
@@ -53,6 +55,8 @@ def open_image(value: Any) -> Image.Image:
             return _to_rgb(_open_image(value))
     except MemoryError:
         raise  # of this machine, not of the file
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image in a known format (UnidentifiedImageError)") from error
     # On broken bytes Pillow's formats raise OSError, SyntaxError, struct.error, zlib.error,
     # IndexError and more, and a remote path what its file system raises: no class is narrower.
     except Exception as error:

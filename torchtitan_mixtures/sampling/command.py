@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 # First: it points TorchTitan at the CPU if need be, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
@@ -25,13 +26,16 @@ from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.sampling import image_command
 from torchtitan_mixtures.sampling.command_line import (
+    MAX_SAMPLES,
     ProgressBar,
     check_numbers,
     choose_device,
     choose_folder,
+    reports_writing,
+    say,
 )
 from torchtitan_mixtures.sampling.generate import Prompt, Sample, encode_prompts, generate
-from torchtitan_mixtures.sampling.results import Result, write_results
+from torchtitan_mixtures.sampling.results import Result, write_sample, write_sheet, write_table
 from torchtitan_mixtures.sampling.settings import SamplingSettings
 from torchtitan_mixtures.user_errors import one_message
 
@@ -96,8 +100,15 @@ def run(options: argparse.Namespace) -> None:
     )
     options.num_samples = 1 if options.num_samples is None else options.num_samples
     check_numbers(options.num_samples, options.batch_size)
-    folder = choose_folder(options.out)
     texts = read_prompts(options)
+    with choose_folder(options.out) as folder:
+        _run_in(folder, options, texts, settings)
+
+
+def _run_in(
+    folder: Path, options: argparse.Namespace, texts: Sequence[str], settings: SamplingSettings
+) -> None:
+    """Load, generate, write and print; samples are written as their batches are done."""
     loaded = load_checkpoint(options.checkpoint, choose_device())
     codecs = loaded.codecs
     requests = build_requests(options, texts, codecs)
@@ -106,31 +117,56 @@ def run(options: argparse.Namespace) -> None:
             encode_prompts(loaded.model_args, [request.prompt], request.into, settings, codecs)
         except ValueError as error:
             raise ValueError(f"{shorten(request.label, 60)!r}: {error}") from error
-    start = time.perf_counter()
-    results = _generate_all(requests, loaded, codecs, settings, options)
-    seconds = time.perf_counter() - start
     facts = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "settings": asdict(settings),
     }
-    write_results(folder, results, codecs, facts)
+    table: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def keep(request: int, sample: Sample) -> None:
+        index = sample.number % options.num_samples
+        name = f"prompt{request:03}_sample{index:03}"
+        with reports_writing(folder):
+            table[request, index] = write_sample(
+                folder, name, requests[request].label, sample, codecs
+            )
+
+    start = time.perf_counter()
+    try:
+        results = _generate_all(requests, loaded, codecs, settings, options, keep)
+    finally:
+        if table:  # also what was done before an error, or Ctrl-C
+            with reports_writing(folder):
+                write_table(folder, (table[key] for key in sorted(table)), facts)
+    seconds = time.perf_counter() - start
+    with reports_writing(folder):
+        write_sheet(folder, results, codecs)
     for result in results:
         for sample in result.samples:
             for segment in sample.segments:
                 if isinstance(segment.payload, str):
-                    print(f"{result.prompt!r} -> {segment.payload!r}")
+                    say(f"{result.prompt!r} -> {segment.payload!r}")
     count = sum(len(result.samples) for result in results)
-    print(f"{count} samples in {seconds:.1f} s: {folder}")
+    say(f"{count} samples in {seconds:.1f} s: {folder}")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """Text prompts: those of the command line, then the lines of `--prompt-file`.
 
     Raises:
-        ValueError: The file cannot be read, or there is no prompt of any modality.
+        ValueError: A prompt is blank or no text, the file cannot be read, or there is no prompt of
+            any modality.
     """
     texts = list(options.prompt)
+    for text in texts:
+        if not text.strip():
+            raise ValueError(
+                f"--prompt {text!r}: is blank (a shell variable that is not set?); leave it out, "
+                "or write a text."
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that Python kept
+            raise ValueError(f"--prompt {text!a}: is not UTF-8.")
     if options.prompt_file is not None:
         try:
             lines = options.prompt_file.read_text(encoding="utf-8-sig").splitlines()
@@ -186,8 +222,21 @@ def _generate_all(
     codecs: Codecs,
     settings: SamplingSettings,
     options: argparse.Namespace,
+    keep: Callable[[int, Sample], None],
 ) -> list[Result]:
-    """Generate, those together that go into the same modalities; results in order of requests."""
+    """Generate, those together that go into the same modalities.
+
+    Args:
+        requests: What to answer.
+        loaded: The model.
+        codecs: Its codecs.
+        settings: How to draw.
+        options: The command line: samples of each, and at a time.
+        keep: Given the number of the request with each sample, as soon as that is done.
+
+    Returns:
+        Results in order of requests.
+    """
     samples: dict[int, list[Sample]] = {}
     for into in dict.fromkeys(request.into for request in requests):
         numbers = [i for i, request in enumerate(requests) if request.into == into]
@@ -201,6 +250,7 @@ def _generate_all(
             num_samples=options.num_samples,
             batch_size=options.batch_size,
             progress=progress,
+            keep=lambda sample, numbers=numbers: keep(numbers[sample.prompt], sample),
         )
         for sample in found:
             samples.setdefault(numbers[sample.prompt], []).append(sample)
@@ -220,7 +270,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a run's dump folder, or one checkpoint of it",
     )
     add("--model", help="flavour that the checkpoint must be of")
-    add("--num-samples", type=int, help="of each prompt (default 1) or class (default 4)")
+    add("--num-samples", type=int, help="of each prompt (default 1) or class (default 4); at most "
+        f"{MAX_SAMPLES:,}")  # fmt: skip
     add("--batch-size", type=int, default=16, help="samples drawn together")
     add("--guidance", "--cfg-scale", type=float, default=1.0, help="by prompt or class; 1: none")
     add("--seed", type=int, default=0)
@@ -230,10 +281,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a new or empty folder; default: the next of outputs/samples/001, ...",
     )
     add = parser.add_argument_group("models over tokens").add_argument
-    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    add("--prompt", action="append", default=[], help="text to continue, not blank; may be "
+        "repeated")  # fmt: skip
     add("--prompt-file", type=Path, help="file with one text prompt per line")
-    add("--image", type=Path, action="append", default=[], help="image file; may be repeated")
-    add("--speech", type=Path, action="append", default=[], help="WAV file; may be repeated")
+    several = {"type": Path, "nargs": "+", "action": "extend", "default": []}
+    add("--image", help="image files; may be repeated", **several)
+    add("--speech", help="WAV files; may be repeated", **several)
     add("--into", nargs="+", choices=MODALITIES, help="what to generate, one after the other in "
         "one document; default: image after a text, text after anything else")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +15,9 @@ import torch
 from torchtitan_mixtures.device import has_accelerator
 
 DEFAULT_OUT = Path("outputs/samples")
+
+MAX_SAMPLES = 10_000
+"""Of one prompt or class: more are a slip of the keyboard."""
 
 
 class ProgressBar:
@@ -36,14 +43,60 @@ class ProgressBar:
             self._drawn = line
 
 
-def choose_folder(out: Path | None) -> Path:
-    """The folder to write to, which holds nothing yet: `out`, or the next in `DEFAULT_OUT`."""
-    if out is None:
-        numbers = [int(path.name) for path in DEFAULT_OUT.glob("*") if path.name.isdigit()]
-        return DEFAULT_OUT / f"{max(numbers, default=0) + 1:03}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; name another one.")
-    return out
+@contextmanager
+def choose_folder(out: Path | None) -> Iterator[Path]:
+    """Make the folder to write to, before the work whose results it is for.
+
+    Args:
+        out: A new or empty folder; None for the next in `DEFAULT_OUT`.
+
+    Yields:
+        The folder, which holds nothing yet. If nothing is written because of an error, what was
+        made is removed.
+
+    Raises:
+        ValueError: It holds something, or cannot be made or written to.
+    """
+    with reports_writing(out or DEFAULT_OUT):
+        if out is None:
+            numbers = [int(path.name) for path in DEFAULT_OUT.glob("*") if path.name.isdigit()]
+            folder = DEFAULT_OUT / f"{max(numbers, default=0) + 1:03}"
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out}: exists and is not an empty folder; name another one.")
+        else:
+            folder = out
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with reports_writing(folder):
+            # Another command may have taken the number since.
+            folder.mkdir(parents=True, exist_ok=out is not None)
+            tempfile.TemporaryFile(dir=folder).close()
+        yield folder
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # not empty, or never made
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def reports_writing(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into messages about `--out`.
+
+    Raises:
+        ValueError: Names the folder and what is wrong.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"--out {folder}: cannot be written to ({reason}).") from error
+
+
+def say(line: str) -> None:
+    """Print, whatever letters the terminal lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def choose_device() -> torch.device:
@@ -53,7 +106,7 @@ def choose_device() -> torch.device:
 
 
 def check_numbers(num_samples: int, batch_size: int) -> None:
-    """Refuse to draw nothing.
+    """Refuse to draw nothing, or more than anyone wants.
 
     Raises:
         ValueError: Names the option and its value.
@@ -61,3 +114,5 @@ def check_numbers(num_samples: int, batch_size: int) -> None:
     for flag, value in (("num-samples", num_samples), ("batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1.")
+    if num_samples > MAX_SAMPLES:
+        raise ValueError(f"--num-samples {num_samples}: must be at most {MAX_SAMPLES:,}.")

@@ -16,7 +16,8 @@ def choose_tokens(
 ) -> Tensor:
     """Choose one token per row.
 
-    The temperature applies first, then top-k, then top-p to what top-k leaves.
+    The temperature applies first, then top-k, then top-p to what top-k leaves. Where the logits
+    are broken (`find_broken`) all tokens that may be chosen are equally likely.
 
     Args:
         logits: `(rows, vocab)`.
@@ -27,10 +28,13 @@ def choose_tokens(
     Returns:
         `(rows,)` int64.
     """
-    logits = logits.masked_fill(~allowed, float("-inf"))
+    is_broken = find_broken(logits, allowed)
+    logits = logits.masked_fill(is_broken[:, None], 0).masked_fill(~allowed, float("-inf"))
     if settings.temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.double() / settings.temperature).softmax(-1)
+    # The largest is 0, so that no temperature makes an infinite one of it.
+    logits = logits.double() - logits.double().amax(-1, keepdim=True)
+    probabilities = (logits / settings.temperature).softmax(-1)
     if settings.top_k or settings.top_p < 1:
         probabilities = _keep_likeliest(probabilities, settings)
     # Mass is laid out by token id: by probability, tokens that are nearly as likely would change
@@ -41,6 +45,19 @@ def choose_tokens(
     ids = torch.arange(mass.shape[1], device=mass.device)
     last = torch.where(probabilities > 0, ids, 0).amax(-1, keepdim=True)
     return index.minimum(last)[:, 0]
+
+
+def find_broken(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Find the rows that nothing can be chosen by: a logit of an allowed token is not finite.
+
+    Args:
+        logits: `(rows, vocab)`.
+        allowed: Tokens that may be chosen, `(rows, vocab)` bool.
+
+    Returns:
+        `(rows,)` bool.
+    """
+    return (allowed & ~logits.isfinite()).any(-1)
 
 
 def _keep_likeliest(probabilities: Tensor, settings: SamplingSettings) -> Tensor:
@@ -61,8 +78,11 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         conditional: Logits given the prompt, `(rows, vocab)`.
         unconditional: Logits without it, `(rows, vocab)`.
         scale: 1 gives the former, 0 the latter, more exaggerates the difference.
+
+    Returns:
+        `(rows, vocab)` float64: what is exaggerated may be too large for the model's own type.
     """
-    return unconditional + scale * (conditional - unconditional)
+    return unconditional + scale * (conditional.double() - unconditional)
 
 
 def draw_uniforms(seed: int, numbers: Sequence[int], steps: int) -> Tensor:

@@ -72,6 +72,7 @@ class TrainingSampler:
         self._config = job_config.sampling
         self._codecs = build_codecs(job_config)
         self._processor = processor
+        self._has_warned = False
 
     def is_due(self, step: int) -> bool:
         """Whether samples are to be drawn after this step."""
@@ -96,6 +97,7 @@ class TrainingSampler:
                 num_samples=config.num_samples,
                 # Ranks may differ in a rounding, and so in a token, but not in their collectives.
                 stops_early=dist.get_world_size() == 1,
+                on_broken=self._warn,
             )
         finally:
             model.train()
@@ -105,6 +107,13 @@ class TrainingSampler:
         if self._processor.loggers:
             self._processor.log_media(self._media(samples), step)
         self._processor.restart_clock(step)
+
+    def _warn(self) -> None:
+        if not self._has_warned:
+            logger.warning(
+                "The model's logits are not finite (did the run diverge?): its samples are noise."
+            )
+        self._has_warned = True
 
     def _media(self, samples: list[Sample]) -> Media:
         """Arrange samples by modality."""

@@ -21,7 +21,12 @@ from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.packing import DocumentEncoder, Modalities, number_runs
 from torchtitan_mixtures.data.sources import Document, Segment
 from torchtitan_mixtures.sampling.cache import CachedModel, cached_attention
-from torchtitan_mixtures.sampling.decoding import choose_tokens, draw_uniforms, guide
+from torchtitan_mixtures.sampling.decoding import (
+    choose_tokens,
+    draw_uniforms,
+    find_broken,
+    guide,
+)
 from torchtitan_mixtures.sampling.grammar import Grammar, Phase, plan_phases
 from torchtitan_mixtures.sampling.settings import SamplingSettings
 
@@ -45,6 +50,11 @@ class Sample:
     """One per modality asked for: text, or `(codes,)` int64 of the modality's tokenizer."""
 
 
+def refuse_broken() -> None:
+    """Say that a model gives no numbers to choose by."""
+    raise ValueError("the model's logits are not finite (did the run diverge?).")
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -57,6 +67,8 @@ def generate(
     batch_size: int = 16,
     stops_early: bool = True,
     progress: Progress | None = None,
+    keep: Callable[[Sample], None] = lambda sample: None,
+    on_broken: Callable[[], None] = refuse_broken,
 ) -> list[Sample]:
     """Continue each prompt, several times if asked to.
 
@@ -74,23 +86,27 @@ def generate(
         stops_early: Stop once all texts have ended. False: the number of model calls depends on no
             drawn token, as is needed where several processes have to make the same calls.
         progress: Called with the steps done and all steps there may be.
+        keep: Called with each sample when its batch is done.
+        on_broken: Called after a batch for which logits to choose by were not finite. If it
+            returns, tokens that the grammar allows stand in their place.
 
     Returns:
         The samples of the first prompt, of the second, ...
 
     Raises:
-        ValueError: The model lacks a modality, a document does not fit into its positions, or
-            `into` asks for what cannot be.
+        ValueError: The model lacks a modality, a document does not fit into its positions,
+            `into` asks for what cannot be, or what `on_broken` raises.
     """
     rows = encode_prompts(_model_args(model), prompts, into, settings, codecs)
     phases = _phases(into, settings, codecs)
     steps = sum(phase.maximum for phase in phases)
     numbers = range(len(prompts) * num_samples)
-    batches = [numbers[start : start + batch_size] for start in numbers[::batch_size]]
+    starts = numbers[::batch_size]
     progress = progress or (lambda done, total: None)
     samples = []
-    for index, batch in enumerate(batches):
-        contents = _generate_batch(
+    for index, start in enumerate(starts):
+        batch = numbers[start : start + batch_size]
+        contents, is_broken = _generate_batch(
             model,
             [rows[number // num_samples] for number in batch],
             phases,
@@ -98,14 +114,17 @@ def generate(
             settings,
             codecs,
             stops_early,
-            lambda step, done=index * steps: progress(done + step, len(batches) * steps),
+            lambda step, done=index * steps: progress(done + step, len(starts) * steps),
         )
+        if is_broken:
+            on_broken()
         for number, parts in zip(batch, contents, strict=True):
             segments = [
                 _as_segment(name, part, codecs) for name, part in zip(into, parts, strict=True)
             ]
             samples.append(Sample(number // num_samples, number, tuple(segments)))
-        progress((index + 1) * steps, len(batches) * steps)
+            keep(samples[-1])
+        progress((index + 1) * steps, len(starts) * steps)
     return samples
 
 
@@ -195,8 +214,12 @@ def _generate_batch(
     codecs: Codecs,
     stops_early: bool,
     report: Callable[[int], None],
-) -> list[list[Tensor]]:
-    """Continue some prompts together; returns the contents of each row's segments."""
+) -> tuple[list[list[Tensor]], bool]:
+    """Continue some prompts together.
+
+    Returns:
+        The contents of each row's segments, and whether logits to choose by were not finite.
+    """
     args, device = _model_args(model), next(model.parameters()).device
     sentinels = codecs.text.sentinels
     grammar = Grammar(phases, len(prompts), args.total_vocab_size, sentinels, device)
@@ -204,6 +227,7 @@ def _generate_batch(
     is_guided = settings.guidance != 1 and any(phase.is_image for phase in phases)
     longest = max(len(prompt) for prompt in prompts)
     chosen, places = [], []
+    is_broken = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with cached_attention(model, longest + grammar.max_steps) as cached:
         rows = _Rows(cached, prompts, sentinels.bos if is_guided else None, codecs, args, device)
         for step in range(grammar.max_steps):
@@ -211,7 +235,9 @@ def _generate_batch(
             if rows.unconditional is not None:
                 guided = guide(logits, rows.unconditional, settings.guidance)
                 logits = torch.where(grammar.is_image[grammar.phase][:, None], guided, logits)
-            tokens = choose_tokens(logits, grammar.allowed(), uniforms[:, step], settings)
+            allowed = grammar.allowed()
+            is_broken |= find_broken(logits, allowed)
+            tokens = choose_tokens(logits, allowed, uniforms[:, step], settings)
             tokens, emitted = grammar.advance(tokens)
             chosen.append(tokens)
             places.append(emitted)
@@ -220,7 +246,8 @@ def _generate_batch(
             if step + 1 == grammar.max_steps or (is_look and bool(grammar.is_done)):
                 break
             rows.append(tokens, grammar.is_image[emitted], grammar.opens_image[emitted])
-    return grammar.contents(torch.stack(chosen, 1).cpu(), torch.stack(places, 1).cpu())
+    contents = grammar.contents(torch.stack(chosen, 1).cpu(), torch.stack(places, 1).cpu())
+    return contents, bool(is_broken.any())
 
 
 class _Rows:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from torchtitan_mixtures.checkpoint_loading import LoadedModel, load_model
 from torchtitan_mixtures.data.image_data import image_spec
@@ -25,6 +26,8 @@ from torchtitan_mixtures.sampling.command_line import (
     check_numbers,
     choose_device,
     choose_folder,
+    reports_writing,
+    say,
 )
 from torchtitan_mixtures.sampling.images import (
     check_classes,
@@ -33,7 +36,7 @@ from torchtitan_mixtures.sampling.images import (
     in_batches,
 )
 from torchtitan_mixtures.sampling.pictures import SheetRow, contact_sheet
-from torchtitan_mixtures.sampling.settings import check_denoising
+from torchtitan_mixtures.sampling.settings import check_denoising, check_values
 
 GRID_NAME = "grid.png"
 TABLE_NAME = "samples.json"
@@ -45,10 +48,16 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the option or file, what is wrong and what would be right.
     """
+    check_values(options, "--")
     check_denoising(options, "--")
     options.num_samples = 4 if options.num_samples is None else options.num_samples
     check_numbers(options.num_samples, options.batch_size)
-    folder = choose_folder(options.out)
+    with choose_folder(options.out) as folder:
+        _run_in(folder, options)
+
+
+def _run_in(folder: Path, options: argparse.Namespace) -> None:
+    """Load, draw, write and print; images are written as their batches are done."""
     device = choose_device()
     loaded = load_model(options.checkpoint, device, averaged=not options.no_ema)
     config, args = loaded.job_config, loaded.model_args
@@ -76,7 +85,18 @@ def run(options: argparse.Namespace) -> None:
         vae=vae,
         progress=progress,
     )
-    pictures = in_batches(draw, labels, options.batch_size)
+
+    def draw_finite(labels: Sequence[int], numbers: Sequence[int]) -> Tensor:
+        images = draw(labels, numbers)
+        if not bool(images.isfinite().all()):
+            raise ValueError("the model's images are not finite (did the run diverge?).")
+        return images
+
+    def keep(number: int, picture: NDArray[np.uint8]) -> None:
+        with reports_writing(folder):
+            Image.fromarray(picture).save(folder / file_name(number, labels[number]))
+
+    pictures = in_batches(draw_finite, labels, options.batch_size, keep)
     seconds = time.perf_counter() - start
     names = class_names(loaded)
     facts = {
@@ -85,8 +105,9 @@ def run(options: argparse.Namespace) -> None:
         "averaged": loaded.is_averaged,
         "settings": asdict(settings),
     }
-    write_images(folder, pictures, labels, names, options.num_samples, facts)
-    print(f"{len(labels)} images in {seconds:.1f} s: {folder}")
+    with reports_writing(folder):
+        write_overview(folder, pictures, labels, names, options.num_samples, facts)
+    say(f"{len(labels)} images in {seconds:.1f} s: {folder}")
 
 
 def class_names(loaded: LoadedModel) -> Sequence[str]:
@@ -97,7 +118,12 @@ def class_names(loaded: LoadedModel) -> Sequence[str]:
         return [str(label) for label in range(loaded.model_args.num_classes)]
 
 
-def write_images(
+def file_name(number: int, label: int) -> str:
+    """Name of the file of an image."""
+    return f"image{number:04}_class{label:04}.png"
+
+
+def write_overview(
     folder: Path,
     pictures: NDArray[np.uint8],
     labels: Sequence[int],
@@ -105,26 +131,24 @@ def write_images(
     columns: int,
     facts: dict[str, Any],
 ) -> None:
-    """Write a PNG for each image, a grid with a row for each class, and `samples.json`.
+    """Write a grid with a row for each class, and `samples.json`.
 
     Args:
-        folder: A new or empty folder.
+        folder: That of the images.
         pictures: `(images, height, width, 3)` uint8, `columns` of each class in turn.
         labels: Class of each.
         names: Name of each class.
         columns: Images of each class.
         facts: What `samples.json` says beside the images; must be JSON.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    table = []
-    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        file = f"image{number:04}_class{label:04}.png"
-        Image.fromarray(picture).save(folder / file)
-        table.append({"number": number, "class": label, "name": names[label], "file": file})
+    table = [
+        {"number": n, "class": label, "name": names[label], "file": file_name(n, label)}
+        for n, label in enumerate(labels)
+    ]
     rows = [
         SheetRow(f"{labels[first]} {names[labels[first]]}", list(pictures[first : first + columns]))
         for first in range(0, len(labels), columns)
     ]
     Image.fromarray(contact_sheet(rows)).save(folder / GRID_NAME)
     text = json.dumps({**facts, "samples": table}, indent=1, ensure_ascii=False) + "\n"
-    (folder / TABLE_NAME).write_text(text, encoding="utf-8")
+    (folder / TABLE_NAME).write_text(text, encoding="utf-8", errors="replace")

@@ -183,6 +183,7 @@ def in_batches(
     draw: Callable[[Sequence[int], Sequence[int]], Tensor],
     labels: Sequence[int],
     batch_size: int,
+    keep: Callable[[int, NDArray[np.uint8]], None] = lambda number, picture: None,
 ) -> NDArray[np.uint8]:
     """Draw images numbered 0, 1, ... a batch at a time.
 
@@ -190,6 +191,7 @@ def in_batches(
         draw: Given labels and numbers; see `draw_images`.
         labels: Class of each image.
         batch_size: Images drawn together.
+        keep: Given each number and its `(height, width, 3)` uint8 when its batch is done.
 
     Returns:
         `(images, height, width, 3)` uint8.
@@ -198,4 +200,6 @@ def in_batches(
     for first in range(0, len(labels), batch_size):
         chosen = labels[first : first + batch_size]
         parts.append(to_pixels(draw(chosen, range(first, first + len(chosen)))))
+        for number, picture in enumerate(parts[-1], first):
+            keep(number, picture)
     return np.concatenate(parts)

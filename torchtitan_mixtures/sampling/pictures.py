@@ -13,6 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 CELL = 96
 """Least height and width of an image on a sheet; smaller ones are enlarged by a whole factor."""
 
+COLUMNS = 16
+"""Images side by side, at most."""
+
+MAX_IMAGES = 1024
+"""On a sheet; of more it says how many it leaves out."""
+
 _GAP = 4
 _LABEL_WIDTH = 180
 _LETTERS_A_LINE = 28
@@ -32,11 +38,12 @@ def contact_sheet(rows: Sequence[SheetRow]) -> NDArray[np.uint8]:
     """Draw a sheet of images.
 
     Args:
-        rows: What to draw; all images of one size.
+        rows: What to draw; all images of one size. More than `COLUMNS` of them go on below.
 
     Returns:
         `(height, width, 3)` uint8, on white.
     """
+    rows = _cut_rows(rows)
     pictures = [[_enlarge(image) for image in row.images] for row in rows]
     cell = max((picture.width for row in pictures for picture in row), default=CELL)
     labels = [_wrap(row.label) for row in rows]
@@ -53,6 +60,21 @@ def contact_sheet(rows: Sequence[SheetRow]) -> NDArray[np.uint8]:
             sheet.paste(picture, (_LABEL_WIDTH + column * (cell + _GAP), top))
         top += height + _GAP
     return np.asarray(sheet)
+
+
+def _cut_rows(rows: Sequence[SheetRow]) -> list[SheetRow]:
+    """Cut rows into lines of `COLUMNS` images, without what exceeds `MAX_IMAGES`."""
+    lines, room = [], MAX_IMAGES
+    for row in rows:
+        images = row.images[:room]
+        for first in range(0, max(1, len(images)), COLUMNS):
+            part = images[first : first + COLUMNS]
+            lines.append(SheetRow("" if first else row.label, part))
+        room -= len(images)
+        if not room:
+            break
+    left_out = sum(len(row.images) for row in rows) - (MAX_IMAGES - room)
+    return [*lines, SheetRow(f"and {left_out:,} more", [])] if left_out else lines
 
 
 def _enlarge(image: NDArray[np.uint8]) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,34 +61,46 @@ def draw_sheet(results: Sequence[Result], codecs: Codecs) -> NDArray[np.uint8] |
     return contact_sheet(rows) if rows else None
 
 
-def write_results(
-    folder: Path, results: Sequence[Result], codecs: Codecs, facts: Mapping[str, Any]
-) -> None:
-    """Write a PNG for each image, a WAV for each speech, a contact sheet, and `samples.json`.
+def write_sample(
+    folder: Path, name: str, prompt: str, sample: Sample, codecs: Codecs
+) -> dict[str, Any]:
+    """Write a PNG for each image and a WAV for each speech.
 
     Args:
-        folder: A new or empty folder.
-        results: What was generated.
+        folder: Where to.
+        name: What the names of the files begin with.
+        prompt: The prompt's text, or the name of its file.
+        sample: What was generated.
         codecs: Those it was generated with.
-        facts: What `samples.json` says beside the samples; must be JSON.
+
+    Returns:
+        Its entry in `samples.json`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    table = []
-    for number, result in enumerate(results):
-        for index, sample in enumerate(result.samples):
-            segments = [
-                _write_segment(
-                    folder, f"prompt{number:03}_sample{index:03}_{part}", segment, codecs
-                )
-                for part, segment in enumerate(sample.segments)
-            ]
-            table.append({"prompt": result.prompt, "number": sample.number, "segments": segments})
+    segments = [
+        _write_segment(folder, f"{name}_{part}", segment, codecs)
+        for part, segment in enumerate(sample.segments)
+    ]
+    return {"prompt": prompt, "number": sample.number, "segments": segments}
+
+
+def write_table(folder: Path, samples: Iterable[Mapping[str, Any]], facts: Any) -> None:
+    """Write `samples.json`.
+
+    Args:
+        folder: Where to.
+        samples: Entries of `write_sample`.
+        facts: A dictionary of what it says beside them; must be JSON.
+    """
+    text = json.dumps({**facts, "samples": list(samples)}, indent=1, ensure_ascii=False) + "\n"
+    # Names of files may hold bytes that are no text.
+    (folder / TABLE_NAME).write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_sheet(folder: Path, results: Sequence[Result], codecs: Codecs) -> None:
+    """Write the contact sheet, if there are images."""
     sheet = draw_sheet(results, codecs)
     if sheet is not None:
         Image.fromarray(sheet).save(folder / SHEET_NAME)
-    content = {**facts, "samples": table}
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    (folder / TABLE_NAME).write_text(text, encoding="utf-8")
 
 
 def _write_segment(folder: Path, name: str, segment: Segment, codecs: Codecs) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def check_values(values: Any, prefix: str) -> None:
         "temperature": (0 <= values.temperature < math.inf, "a finite number >= 0 (0 = greedy)"),
         "top_k": (values.top_k >= 0, "0 (all) or more"),
         "top_p": (0 < values.top_p <= 1, "above 0 and at most 1 (all)"),
-        "guidance": (0 <= values.guidance < math.inf, "a finite number >= 0 (1 = none)"),
+        "guidance": (0 <= values.guidance <= 1000, "from 0 to 1000 (1 = none)"),
         "seed": (values.seed >= 0, "0 or more"),
         "max_text_tokens": (values.max_text_tokens >= 1, "1 or more"),
         "max_speech_seconds": (0 < values.max_speech_seconds < math.inf, "a finite number > 0"),

@@ -399,6 +399,9 @@ def test_images_are_put_on_white_cropped_and_resized() -> None:
     for value in (None, 3, {"bytes": None, "path": None}):
         with pytest.raises(ValueError, match="not an image"):
             decode_image(value, 4)
+    for value, message in ((b"", "^the file is empty$"), (b"GIF?", "^not an image in a known for")):
+        with pytest.raises(ValueError, match=message):
+            decode_image(value, 4)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from torchtitan_mixtures.data.speech import build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer, build_text_tokenizer
 from torchtitan_mixtures.models.mot.args import MoTModelArgs
 from torchtitan_mixtures.models.mot.model import MoTTransformer
+from torchtitan_mixtures.sampling import command_line
+from torchtitan_mixtures.sampling import results as results_module
 from torchtitan_mixtures.sampling.command import main
 from torchtitan_mixtures.sampling.command_line import ProgressBar
 
@@ -98,10 +100,11 @@ def test_images_become_text_and_further_images(checkpoint, tmp_path, capsys):
     picture = tmp_path / "picture.png"
     Image.new("RGB", (50, 40), "orange").save(picture)
     table = sample(
-        checkpoint, tmp_path / "a", "--image", str(picture), "--image", str(picture),
-        "--max-text-tokens=5",
+        checkpoint, tmp_path / "a", "--image", str(picture), str(picture), "--image",
+        str(picture), "--max-text-tokens=5",
     )  # fmt: skip
     printed = capsys.readouterr().out
+    assert len(table["samples"]) == 3
     for entry in table["samples"]:
         (segment,) = entry["segments"]
         assert (entry["prompt"], segment["modality"]) == ("picture.png", "text")
@@ -162,16 +165,29 @@ BROKEN = [
     (("--image={tmp}/none.png",), "--image {tmp}/none.png: cannot be read (No such file"),
     (
         ("--image={tmp}/bad.png",),
-        "--image {tmp}/bad.png: cannot be read as an image (Unid",
+        "--image {tmp}/bad.png: cannot be read as an image (not an image in a known format",
     ),
+    (
+        ("--image={tmp}/empty.png",),
+        "--image {tmp}/empty.png: cannot be read as an image (the file is empty).",
+    ),
+    (("--prompt=",), "--prompt '': is blank (a shell variable that is not set?)"),
+    (("--prompt=x", "--prompt= \t"), "--prompt ' \\t': is blank"),
+    (("--prompt=a \udcff",), "--prompt 'a \\udcff': is not UTF-8"),
+    (("--prompt=x", "--guidance=1e40"), "guidance = 1e+40: must be from 0 to 1000"),
     (("--prompt=x", "--into=speech"), "into = speech: the model has no such modality"),
     (("--speech={tmp}/bad.png",), "--speech {tmp}/bad.png: the model has no speech"),
     (("--prompt", "fox " * 300), "fox [...]': the prompt has"),
     (("--prompt=x", "--into=text", "--max-text-tokens=999"), "999"),
     (("--prompt=x", "--top-p=0"), "top_p = 0.0: must be above 0"),
     (("--prompt=x", "--num-samples=0"), "--num-samples 0: must be at least 1"),
+    (("--prompt=x", "--num-samples=10001"), "--num-samples 10001: must be at most 10,000"),
+    (("--prompt=x", "--num-samples=99999999999999999999"), "must be at most 10,000"),
     (("--prompt=x", "--batch-size=-1"), "--batch-size -1: must be at least 1"),
     (("--prompt=x", "--out={tmp}"), "--out {tmp}: exists and is not an empty folder"),
+    (("--prompt=x", "--out={tmp}/bad.png/a/b"), "--out {tmp}/bad.png/a/b: cannot be written to ("),
+    (("--prompt=x", "--out=/proc/none"), "--out /proc/none: cannot be written to ("),
+    (("--prompt=x", "--out={tmp}/a/" + 300 * "b"), "cannot be written to (File name too long)"),
     (("--prompt=x", "--checkpoint={tmp}/none"), "{tmp}/none: no such folder"),
     (("--prompt=x", "--checkpoint={tmp}/foreign"), "config.json is missing"),
 ]
@@ -180,6 +196,7 @@ BROKEN = [
 @pytest.mark.parametrize(("options", "message"), BROKEN, ids=[m for _, m in BROKEN])
 def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys, options, message):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / ".metadata").write_bytes(b"")
     options = [option.format(tmp=tmp_path) for option in options]
@@ -189,7 +206,89 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys, options
     assert stop.value.code == 2
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert message.format(tmp=tmp_path) in printed.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "a").exists()
+
+
+def test_a_bad_folder_is_noticed_before_anything_is_generated(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan_mixtures.sampling.command.load_checkpoint", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main([f"--checkpoint={checkpoint}", "--prompt=x", f"--out={tmp_path}/file/out"])
+
+
+def test_an_error_leaves_no_folder_that_was_not_there(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan_mixtures.sampling.command.generate", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for out in ([], ["--out=a/b/c"], ["--out=there"]):
+        with pytest.raises(TypeError):
+            main([f"--checkpoint={checkpoint}", "--prompt=x", *out])
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_two_commands_do_not_take_the_same_number(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with command_line.choose_folder(None) as first, command_line.choose_folder(None) as second:
+        assert (first.name, second.name) == ("001", "002")
+
+
+def test_finished_batches_are_kept_when_a_later_one_fails(checkpoint, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", results_module._write_segment
+
+    def fail_in_the_second_batch(folder, name, *rest):
+        if name == "prompt001_sample000_0":
+            raise KeyboardInterrupt
+        return write(folder, name, *rest)
+
+    monkeypatch.setattr(results_module, "_write_segment", fail_in_the_second_batch)
+    arguments = ["--prompt=a fox", "--prompt=a dog", "--num-samples=2", "--batch-size=2"]
+    with pytest.raises(KeyboardInterrupt):
+        main([f"--checkpoint={checkpoint}", f"--out={out}", *arguments])
+    table = json.loads((out / "samples.json").read_text())["samples"]
+    assert [(entry["prompt"], entry["number"]) for entry in table] == [("a fox", 0), ("a fox", 1)]
+    files = {entry["segments"][0]["file"] for entry in table}
+    assert {path.name for path in out.iterdir()} == files | {"samples.json"}
+
+
+def test_a_full_disk_is_one_message(checkpoint, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(SystemExit):
+        main([f"--checkpoint={checkpoint}", f"--out={tmp_path}/out", "--prompt=x"])
+    message = capsys.readouterr().err
+    assert message == (
+        f"error: --out {tmp_path}/out: cannot be written to (No space left on device).\n"
+    )
+
+
+def test_a_checkpoint_that_diverged_is_said_in_one_line(tmp_path, capsys):
+    model = tiny_model(code_vocab_sizes=[1024])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    save(tmp_path / "run", model)
+    for into in ("text", "image"):
+        with pytest.raises(SystemExit) as stop:
+            main([f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--prompt=x",
+                  f"--into={into}"])  # fmt: skip
+        assert stop.value.code == 2
+        message = "error: the model's logits are not finite (did the run diverge?).\n"
+        assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_files_that_are_no_text_are_no_hindrance(checkpoint, tmp_path, monkeypatch):
+    picture = tmp_path / "pict\udcffure.png"
+    Image.new("RGB", (50, 40), "orange").save(picture)
+    # As a terminal would have it that knows less letters than captions have.
+    plain = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    table = sample(checkpoint, tmp_path / "o\u00fct", f"--image={picture}", "--max-text-tokens=3")
+    assert table["samples"][0]["prompt"] == "pict?ure.png"
+    plain.seek(0)
+    assert "o\\xfct" in plain.read()
 
 
 def test_errors_that_are_not_the_users_keep_their_traceback(checkpoint, monkeypatch):

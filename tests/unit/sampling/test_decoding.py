@@ -1,12 +1,18 @@
 """The choice of a token, against lists and loops."""
 
 import itertools
+import re
 
 import pytest
 import torch
 
 from tests.unit.sampling.helpers import naive_choice
-from torchtitan_mixtures.sampling.decoding import choose_tokens, draw_uniforms, guide
+from torchtitan_mixtures.sampling.decoding import (
+    choose_tokens,
+    draw_uniforms,
+    find_broken,
+    guide,
+)
 from torchtitan_mixtures.sampling.settings import SamplingSettings
 
 
@@ -52,20 +58,54 @@ def test_the_ends_of_the_unit_interval_choose_a_token_that_may_be_chosen(value):
     assert set(tokens.tolist()) <= {2, 3, 4}
 
 
-def test_a_model_that_has_diverged_still_gives_tokens():
-    logits = torch.full((2, 5), float("nan"))
-    for temperature in (0.0, 1.0):
-        settings = SamplingSettings(temperature=temperature)
-        allowed = torch.ones(2, 5, dtype=torch.bool)
-        tokens = choose_tokens(logits, allowed, torch.rand(2).double(), settings)
-        assert ((tokens >= 0) & (tokens < 5)).all()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}], ids=str
+)
+def test_a_model_that_has_diverged_still_gives_tokens_that_may_be_chosen(value, options):
+    logits = torch.randn(60, 9, generator=torch.Generator().manual_seed(0))
+    logits[::2] = value
+    logits[1::4, 4] = value
+    allowed = torch.zeros(60, 9, dtype=torch.bool)
+    allowed[:, 3:6] = True
+    uniforms = torch.rand(60, generator=torch.Generator().manual_seed(1)).double()
+    settings = SamplingSettings(**options)
+    tokens = choose_tokens(logits, allowed, uniforms, settings)
+    assert set(tokens.tolist()) <= {3, 4, 5}
+    broken = find_broken(logits, allowed)
+    assert broken.tolist() == [row % 4 != 3 for row in range(60)]
+    whole = choose_tokens(logits[~broken], allowed[~broken], uniforms[~broken], settings)
+    assert torch.equal(tokens[~broken], whole)
+
+
+def test_what_may_not_be_chosen_need_not_be_finite():
+    logits = torch.tensor([[float("nan"), 1.0, 2.0, float("inf")]])
+    allowed = torch.tensor([[False, True, True, False]])
+    assert not find_broken(logits, allowed).any()
+    settings = SamplingSettings(temperature=0)
+    assert choose_tokens(logits, allowed, torch.zeros(1).double(), settings).tolist() == [2]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e300])
+def test_extreme_temperatures_choose_as_their_neighbours(temperature):
+    logits = torch.tensor([[1.0, 30.0, 3.0, 29.0]]).expand(40, -1)
+    allowed = torch.tensor([True, False, True, True]).expand(40, -1)
+    uniforms = torch.arange(40).double() / 40
+    tokens = choose_tokens(logits, allowed, uniforms, SamplingSettings(temperature=temperature))
+    assert set(tokens.tolist()) == ({0, 2, 3} if temperature > 1 else {3})
 
 
 def test_guidance_goes_on_in_the_direction_from_unconditional_to_conditional():
     conditional, unconditional = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1.0]])
-    assert torch.equal(guide(conditional, unconditional, 1), conditional)
-    assert torch.equal(guide(conditional, unconditional, 0), unconditional)
-    assert torch.equal(guide(conditional, unconditional, 3), torch.tensor([[2.0, -8.0]]))
+    expected = {1: conditional, 0: unconditional, 3: torch.tensor([[2.0, -8.0]])}
+    for scale, logits in expected.items():
+        assert torch.equal(guide(conditional, unconditional, scale), logits.double())
+
+
+def test_the_strongest_guidance_of_half_precision_is_finite():
+    conditional = torch.tensor([[6e4, 0.0, 1.0]], dtype=torch.float16)
+    found = guide(conditional, -conditional, 1000)
+    assert found.isfinite().all() and found.argmax() == 0
 
 
 def test_numbers_depend_on_the_seed_and_the_sample_only():
@@ -92,13 +132,14 @@ def test_drawing_leaves_the_global_generator_alone():
         ("top_p", 1.1),
         ("guidance", -1.0),
         ("guidance", float("inf")),
+        ("guidance", 1e40),
         ("seed", -1),
         ("max_text_tokens", 0),
         ("max_speech_seconds", 0.0),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(key, value):
-    with pytest.raises(ValueError, match=f"^{key} = {value}: must be"):
+    with pytest.raises(ValueError, match=f"^{key} = {re.escape(str(value))}: must be"):
         SamplingSettings(**{key: value})
 
 

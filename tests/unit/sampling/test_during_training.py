@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
 
@@ -144,3 +145,21 @@ def test_all_modalities_are_sampled_and_the_clock_starts_anew(processor, tmp_pat
         assert f"&#x27;a fox&#x27; -&gt; samples/speech_{number}_2" in listed
     sheet = entries["samples/images"][1]
     assert sheet == (96 + 8, 180 + 3 * 100 + 4, 3)
+
+
+def test_a_run_that_diverged_goes_on_and_is_warned_of_once(processor, monkeypatch, caplog):
+    job = debug_job("mot", *ON, "--sampling.into", "text", "image", "speech",
+                    "--sampling.max_text_tokens=3", "--sampling.max_speech_seconds=0.5",
+                    "--sampling.guidance=2")  # fmt: skip
+    monkeypatch.setattr(during_training, "build_codecs", lambda job: codecs())
+    monkeypatch.setattr(during_training.dist, "get_world_size", lambda: 1)
+    processor.restart_clock = lambda step: None
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    sampler = TrainingSampler(job, processor)
+    for step in (5, 10):
+        sampler.sample(model, step)
+    assert [step for _, step in processor.remote_calls] == [5, 10]
+    assert caplog.text.count("logits are not finite (did the run diverge?)") == 1

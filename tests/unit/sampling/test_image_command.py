@@ -105,6 +105,10 @@ WRONG = [
     (("--eta", "2"), "--eta = 2.0: must be from 0 to 1"),
     (("--guided-channels", "4"), "--guided_channels = 4: must be from 0 (all) to 3"),
     (("--num-samples", "0"), "--num-samples 0: must be at least 1."),
+    (("--num-samples", "10001"), "--num-samples 10001: must be at most 10,000."),
+    (("--guidance", "1e40"), "--guidance = 1e+40: must be from 0 to 1000"),
+    (("--guidance", "nan"), "--guidance = nan: must be from 0 to 1000"),
+    (("--seed", "-1"), "--seed = -1: must be 0 or more"),
     (("--vae", "nowhere"), "nowhere"),
 ]
 
@@ -116,6 +120,36 @@ def test_wrong_options_are_one_message(options, message, checkpoint, tmp_path, c
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_that_diverged_is_said_in_one_line(tmp_path, capsys):
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        sample(save(tmp_path / "run", model), tmp_path / "out", "--no-ema")
+    assert stop.value.code == 2
+    message = "error: the model's images are not finite (did the run diverge?).\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_batches_are_kept_when_a_later_one_fails(checkpoint, tmp_path, monkeypatch):
+    def fail_in_the_second_batch(model, args, process, labels, numbers, **options):
+        if 3 in numbers:
+            raise KeyboardInterrupt
+        return draw_images(model, args, process, labels, numbers, **options)
+
+    monkeypatch.setattr(
+        "torchtitan_mixtures.sampling.image_command.draw_images", fail_in_the_second_batch
+    )
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sample(checkpoint, out, "--class-labels", "5", "--batch-size=3")
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"image{number:04}_class0005.png" for number in range(3)
+    ]
 
 
 def test_guidance_of_a_model_without_null_class_is_refused(tmp_path, capsys):
