@@ -6,7 +6,6 @@ alone; `show CONFIG.toml --out page.html` shows the sequences that a configurati
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -149,10 +148,11 @@ def main() -> None:
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.overrides and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
-    try:
+    # Imported late: PyTorch, which it imports, takes seconds.
+    from torchtitan_mixtures.user_errors import one_message
+
+    with one_message():
         arguments.run(arguments)
-    except ValueError as error:
-        sys.exit(f"prepare_data.py: {error}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ What is shown are the arrays of batches out of the loader that training builds, 
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import chain, islice
@@ -38,6 +39,8 @@ from torchtitan_mixtures.data.tokenizers import TextTokenizer
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import MixtureJobConfig
 
+_DOCTYPE = b"<!DOCTYPE html>"
+
 
 def write_page(
     job_config: MixtureJobConfig, out: Path, num_sequences: int = 8, split: str | None = None
@@ -51,7 +54,7 @@ def write_page(
     Args:
         job_config: The whole configuration; read are its sections multimodal, model, training and
             validation.
-        out: The page, replaced if it exists.
+        out: The page; an HTML file that exists is replaced.
         num_sequences: How many sequences to show.
         split: None for `multimodal.train_split`.
 
@@ -64,11 +67,25 @@ def write_page(
     if out.is_dir() or not out.parent.is_dir():
         reason = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise ValueError(f"--out {out}: {reason}; name a file in a folder that exists.")
+    if _is_precious(out):
+        raise ValueError(f"--out {out}: exists and is not an HTML page; name another file.")
     page = make_page(job_config, num_sequences, split)
     try:
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}).") from error
+
+
+def _is_precious(out: Path) -> bool:
+    """Whether a file would be lost that is not the page of an earlier call, nor empty."""
+    if not out.is_file():
+        return False
+    try:
+        with out.open("rb") as file:
+            begin = file.read(len(_DOCTYPE))
+    except OSError:  # then it cannot be seen what it is
+        return True
+    return begin not in (b"", _DOCTYPE)
 
 
 def make_page(job_config: MixtureJobConfig, num_sequences: int, split: str | None) -> str:
@@ -150,7 +167,10 @@ def take_validation(
     try:
         loader = build_multimodal_validation_dataloader(1, 0, tokenizer, job_config, split)
     except ValueError as error:
-        raise ValueError(f"--split {split}: {error}") from error
+        # The split was named here, and not by the key that a training takes it from.
+        key = r"multimodal\.validation_splits"
+        message = re.sub(rf"^{key}( = {re.escape(repr(split))})?: | \({key}\)", "", str(error))
+        raise ValueError(f"--split {split}: {message}") from error
     batch_size = job_config.validation.local_batch_size
     batches = list(islice(loader, -(-num_sequences // batch_size)))
     documents = cast(ValidationBatches, loader.dataset).documents

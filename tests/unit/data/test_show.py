@@ -411,7 +411,8 @@ def test_undecodable_images_are_counted(
         ("page.html", 0, None, r"--sequences = 0: must be 1 or more"),
         ("none/page.html", 1, None, r"--out .*none/page\.html: there is no folder .*none"),
         (".", 1, None, r"--out .*: is a folder"),
-        ("page.html", 1, "dev", r'--split dev: .* no split "dev"; its splits are train, unseen_c'),
+        ("page.html", 1, "dev", r'--split dev: the emoji .* "dev"; its splits are train, unseen_c'),
+        ("page.html", 1, "unseen_voice", r"--split unseen_voice: a voice is unseen only where"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -420,6 +421,31 @@ def test_bad_arguments_are_named(
     with pytest.raises(ValueError, match=message):
         write_page(debug_job("mot"), tmp_path / out, sequences, split)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_splits_of_other_data_are_named_by_the_option(folder: Path) -> None:
+    job = debug_job("mot", "--multimodal.source=datasets", f"--multimodal.path={folder}")
+    with pytest.raises(ValueError, match=rf'^--split dev: "{folder}" has no split "dev"; its'):
+        make_page(job, 1, "dev")
+    csv = folder.parent / "rows.csv"
+    csv.write_text("image,caption\na.png,a fox\n")
+    options = ("--multimodal.source=datasets", f"--multimodal.path={csv}")
+    with pytest.raises(ValueError, match=r'^--split dev: Cannot open split "dev" of multimodal.pa'):
+        make_page(debug_job("mot", *options), 1, "dev")
+
+
+def test_only_pages_are_written_over(tmp_path: Path) -> None:
+    job, out = debug_job("mot"), tmp_path / "page.html"
+    out.touch()
+    write_page(job, out, 1)
+    page = out.read_bytes()
+    write_page(job, out, 2)
+    assert out.read_bytes() != page
+    config = tmp_path / "config.toml"
+    config.write_text("[model]\n")
+    with pytest.raises(ValueError, match=r"--out .*config\.toml: exists and is not an HTML page"):
+        write_page(job, config, 1)
+    assert config.read_text() == "[model]\n"
 
 
 def test_the_command_writes_a_page_with_overrides(tmp_path: Path) -> None:
@@ -457,4 +483,14 @@ def test_the_command_ends_with_one_message(
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("prepare_data").main()
-    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_faults_of_a_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    command = importlib.import_module("prepare_data")
+    monkeypatch.setattr(command, "show", lambda arguments: int("no number"))
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "show", "x.toml", "--out", "page.html"])
+    with pytest.raises(ValueError, match="no number"):
+        command.main()
