@@ -19,6 +19,7 @@ import torch
 
 from torchtitan_mixtures.checkpoint_loading import load_checkpoint
 from torchtitan_mixtures.evaluation.report import evaluate, format_report
+from torchtitan_mixtures.sampling.command_line import ProgressBar
 from torchtitan_mixtures.user_errors import one_message
 
 
@@ -83,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_batches=options.max_batches,
             seed=options.seed,
             progress=progress,
+            make_steps=lambda: ProgressBar("          ", sys.stderr),
             keep=partial(write_json, options.json),
         )
         print(format_report(report))

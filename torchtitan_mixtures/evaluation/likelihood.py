@@ -6,7 +6,7 @@ beginning and itself only, and each at the positions it would have alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,6 +25,8 @@ ROW_TOKENS = 512
 """Continuations share a row up to this many tokens: attention sees all of a row, mostly in vain."""
 
 BATCH_TOKENS = 4096
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Row:
 
 @torch.no_grad()
 def score_continuations(
-    model: ModelProtocol, beginnings: Sequence[Tokens], continuations: Sequence[Tokens]
+    model: ModelProtocol,
+    beginnings: Sequence[Tokens],
+    continuations: Sequence[Tokens],
+    progress: Progress = lambda done, total: None,
 ) -> NDArray[np.float64]:
     """Log-likelihood of every continuation after every beginning.
 
@@ -63,6 +68,7 @@ def score_continuations(
         model: A decoder over token ids, in evaluation mode.
         beginnings: Token ids of each, at least one.
         continuations: Token ids of each, at least one.
+        progress: Called with how many beginnings are done, and how many there are.
 
     Returns:
         `(beginnings, continuations)`, in nats, summed over the tokens of the continuation.
@@ -82,6 +88,8 @@ def score_continuations(
     while batch := list(_take_tokens(rows)):
         for row, found in zip(batch, _score_rows(model, batch), strict=True):
             scores[row.beginning, row.continuations.start : row.continuations.stop] = found
+        progress(batch[-1].beginning, len(beginnings))
+    progress(len(beginnings), len(beginnings))
     return scores
 
 

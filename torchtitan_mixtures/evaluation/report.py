@@ -14,7 +14,13 @@ from torchtitan_mixtures.data.emoji import SPLITS
 from torchtitan_mixtures.data.loader import build_multimodal_validation_dataloader
 from torchtitan_mixtures.data.spoken import UNSEEN_VOICE
 from torchtitan_mixtures.evaluation.items import Things, draw_things
-from torchtitan_mixtures.evaluation.retrieval import classify_groups, retrieve, score_direction
+from torchtitan_mixtures.evaluation.likelihood import Progress
+from torchtitan_mixtures.evaluation.retrieval import (
+    classify_groups,
+    no_progress,
+    retrieve,
+    score_direction,
+)
 from torchtitan_mixtures.objectives.next_token import NextTokenLoss, split_batch
 
 POOLS = (20, 100)
@@ -53,6 +59,7 @@ def evaluate(
     max_batches: int = 32,
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
+    make_steps: Callable[[], Progress] = lambda: no_progress,
     keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on several splits.
@@ -64,6 +71,7 @@ def evaluate(
         max_batches: See `bits_per_token`.
         seed: Of the things and names that are drawn.
         progress: Told what is about to be done.
+        make_steps: Makes what is told how far each comparison of things is.
         keep: Given the report after each split, as far as it goes.
 
     Returns:
@@ -90,14 +98,14 @@ def evaluate(
         found |= {"items": len(things.items), "retrieval": {}}
         for source, target in _directions(checkpoint, things):
             progress(f"{split}: retrieval from {source} to {target}")
-            scores = score_direction(checkpoint.model, things, source, target)
+            scores = score_direction(checkpoint.model, things, source, target, make_steps())
             found["retrieval"][f"{source}>{target}"] = {
                 str(pool): {kind: rate.as_json() for kind, rate in rates.items()}
                 for pool, rates in retrieve(scores, _pools(len(things.items))).items()
             }
         if things.names:
             progress(f"{split}: groups")
-            found["groups"] = classify_groups(checkpoint.model, things).as_json()
+            found["groups"] = classify_groups(checkpoint.model, things, make_steps()).as_json()
         keep(report)
     return report
 

@@ -20,7 +20,7 @@ from torchtitan.protocols import ModelProtocol
 
 from torchtitan_mixtures.data.packing import Tokens
 from torchtitan_mixtures.evaluation.items import Things
-from torchtitan_mixtures.evaluation.likelihood import score_continuations
+from torchtitan_mixtures.evaluation.likelihood import Progress, score_continuations
 from torchtitan_mixtures.evaluation.rates import Rate, classification_rate, retrieval_rate
 
 
@@ -40,8 +40,16 @@ class Scores:
         return self.conditional - self.alone
 
 
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
 def score_pairs(
-    model: ModelProtocol, things: Things, sources: Sequence[Tokens], targets: Sequence[Tokens]
+    model: ModelProtocol,
+    things: Things,
+    sources: Sequence[Tokens],
+    targets: Sequence[Tokens],
+    progress: Progress = no_progress,
 ) -> Scores:
     """Score the documents `<bos> source target <eos>` of all pairs.
 
@@ -52,20 +60,28 @@ def score_pairs(
         things: Says how documents begin and end.
         sources: What comes first.
         targets: Whose likelihood is taken.
+        progress: Called with how many sources are done, and how many there are.
     """
     beginnings = [np.concatenate([[things.bos], source]) for source in sources]
     endings = [np.concatenate([target, [things.eos]]) for target in targets]
     alone = score_continuations(model, [np.array([things.bos])], endings)[0]
-    return Scores(score_continuations(model, beginnings, endings), alone)
+    return Scores(score_continuations(model, beginnings, endings, progress), alone)
 
 
-def score_direction(model: ModelProtocol, things: Things, source: str, target: str) -> Scores:
+def score_direction(
+    model: ModelProtocol,
+    things: Things,
+    source: str,
+    target: str,
+    progress: Progress = no_progress,
+) -> Scores:
     """Score one modality of every item after another modality of every item."""
     return score_pairs(
         model,
         things,
         [item.tokens[source] for item in things.items],
         [item.tokens[target] for item in things.items],
+        progress,
     )
 
 
@@ -84,13 +100,13 @@ def retrieve(scores: Scores, pools: Sequence[int]) -> dict[int, dict[str, Rate]]
     }
 
 
-def classify_groups(model: ModelProtocol, things: Things) -> Rate:
+def classify_groups(model: ModelProtocol, things: Things, progress: Progress = no_progress) -> Rate:
     """Tell the group of each item's image by the likelihood of names from every group."""
     groups = list(things.names)
     owners = np.repeat(np.arange(len(groups)), [len(names) for names in things.names.values()])
     images = [item.tokens["image"] for item in things.items]
     names = [name for group in groups for name in things.names[group]]
-    information = score_pairs(model, things, images, names).information
+    information = score_pairs(model, things, images, names, progress).information
     scores = np.stack(
         [
             np.logaddexp.reduce(information[:, owners == group], axis=1)

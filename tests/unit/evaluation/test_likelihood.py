@@ -52,8 +52,12 @@ def test_sharing_rows_changes_nothing(monkeypatch, options, row_tokens):
     monkeypatch.setattr(likelihood, "BATCH_TOKENS", 3 * row_tokens)
     model = make_model(**options)
     beginnings, continuations = documents(4, 1, 12, seed=2), documents(9, 1, 16, seed=3)
-    found = score_continuations(model, beginnings, continuations)
+    told = []
+    found = score_continuations(model, beginnings, continuations, lambda *of: told.append(of))
     np.testing.assert_allclose(found, naive(model, beginnings, continuations), rtol=1e-10)
+    done = [number for number, total in told]
+    assert done == sorted(done) and told[-1] == (4, 4) and {total for _, total in told} == {4}
+    assert len(told) > 2 or row_tokens > 33
 
 
 def test_images_that_were_given_are_seen_in_both_directions():

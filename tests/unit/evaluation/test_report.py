@@ -1,9 +1,11 @@
 """The evaluation of a whole checkpoint, and its command."""
 
 import importlib.util
+import io
 import json
 import math
 import re
+import sys
 
 import pytest
 
@@ -191,3 +193,19 @@ def test_a_device_that_is_not_there_is_named(command, capsys):
         with pytest.raises(SystemExit):
             command.parse(["--checkpoint=x", f"--device={device}"])
         assert f"--device {device}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_terminals_see_how_far_a_comparison_is(run, command, monkeypatch, is_terminal):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    command.main(
+        [f"--checkpoint={run}", "--splits", "unseen_style", "--items=20", "--max-batches=1"]
+    )
+    lines = [line for line in stream.getvalue().split("\n") if "/20 steps" in line]
+    if not is_terminal:
+        assert not lines and "\r" not in stream.getvalue()
+        return
+    assert len(lines) == 3  # text to image, image to text, groups
+    assert all(line.count("\r") > 1 and "20/20 steps" in line for line in lines)
