@@ -140,9 +140,11 @@ check_configuration() {
     python - --config "$config" "$@" <<'PYTHON'
 import sys
 
-from torchtitan_mixtures.train import parse_job
+from torchtitan_mixtures.train import parse_job, quiet_the_host
 from torchtitan_mixtures.user_errors import one_message
 
+sys.argv[0] = "scripts/train.sh"  # whose --help lists the keys
+quiet_the_host()
 with one_message():
     job = parse_job(sys.argv[1:], check=lambda job: None)
     if not job.checkpoint.enable:
