@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint of a model over tokens: `python scripts/evaluate.py --checkpoint DIR`.
+"""Evaluates a checkpoint: `python scripts/evaluate.py --checkpoint DIR`.
 
-On every split of the data: bits per token of each modality, retrieval by likelihood between all
-pairs of modalities among 20 and 100, and the groups of images.
+On every split of the data. Of a model over tokens: bits per token of each modality, retrieval by
+likelihood between all pairs of modalities among 20 and 100, and the groups of images. Of a
+denoising model: the loss at each fixed noise level.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 import torch
 
-from torchtitan_mixtures.checkpoint_loading import load_checkpoint
+from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures.checkpoint_loading import find_checkpoint, load_checkpoint, load_model
+from torchtitan_mixtures.evaluation.denoising import evaluate_denoising, format_denoising
 from torchtitan_mixtures.evaluation.report import evaluate, format_report
 from torchtitan_mixtures.sampling.command_line import ProgressBar
 from torchtitan_mixtures.user_errors import one_message
@@ -31,12 +34,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's job.dump_folder, or one of its checkpoints")
     add("--splits", nargs="+", default=[], help="default: all of the data")
-    add("--items", type=int, default=100, help="things to retrieve among (default: %(default)s)")
+    add(
+        "--items",
+        type=int,
+        default=100,
+        help="of a model over tokens: things to retrieve among (default: %(default)s)",
+    )
     add(
         "--max-batches",
         type=int,
         default=32,
-        help="batches of each split for bits per token, -1 for all (default: %(default)s)",
+        help="batches of each split for bits per token or losses, -1 for all "
+        "(default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of the things that are drawn (default: %(default)s)")
     add("--device", help="default: the accelerator if there is one, else the CPU")
@@ -77,17 +86,29 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {message}", file=sys.stderr, flush=True)
 
     with one_message():
-        report = evaluate(
-            load_checkpoint(options.checkpoint, options.device),
-            options.splits,
-            num_items=options.items,
-            max_batches=options.max_batches,
-            seed=options.seed,
-            progress=progress,
-            make_steps=lambda: ProgressBar("          ", sys.stderr),
-            keep=partial(write_json, options.json),
-        )
-        print(format_report(report))
+        path = find_checkpoint(options.checkpoint)
+        keep = partial(write_json, options.json)
+        if "modality_names" in checkpoint_config.read(path)["model_args"]:
+            report = evaluate(
+                load_checkpoint(path, options.device),
+                options.splits,
+                num_items=options.items,
+                max_batches=options.max_batches,
+                seed=options.seed,
+                progress=progress,
+                make_steps=lambda: ProgressBar("          ", sys.stderr),
+                keep=keep,
+            )
+            print(format_report(report))
+        else:
+            report = evaluate_denoising(
+                load_model(path, options.device),
+                options.splits,
+                max_batches=options.max_batches,
+                progress=progress,
+                keep=keep,
+            )
+            print(format_denoising(report))
 
 
 if __name__ == "__main__":
