@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -15,6 +19,8 @@ from torchtitan_mixtures.checks import check_arguments
 from torchtitan_mixtures.models.mot import mot_args
 from torchtitan_mixtures.models.mot.attention import merge_modalities
 from torchtitan_mixtures.models.mot.model import MoTTransformer
+from torchtitan_mixtures.sampling import command
+from torchtitan_mixtures.train import parse_job
 
 README = (ROOT / "README.md").read_text()
 
@@ -45,13 +51,13 @@ def seed_example():
 
 
 def run_launch_line(here):
-    command = shlex.split(here.strip("`"))
-    assert command[0] == "torchrun"
-    assert command[2:4] == ["-m", "torchtitan_mixtures.train"]
-    config = command[command.index("--config") + 1]
+    words = shlex.split(here.strip("`"))
+    assert words[0] == "torchrun"
+    assert words[2:4] == ["-m", "torchtitan_mixtures.train"]
+    config = words[words.index("--config") + 1]
     check_arguments(["--job.config_file", config])
     job = ConfigManager().parse_args(["--job.config_file", config])
-    processes = int(command[1].removeprefix("--nproc_per_node="))
+    processes = int(words[1].removeprefix("--nproc_per_node="))
     degrees = job.parallelism
     # All processes have a place in the layout; the shard degree takes what is left.
     taken = degrees.tensor_parallel_degree * degrees.data_parallel_replicate_degree
@@ -124,7 +130,49 @@ def run_dataloader(here):
     assert input_dict["modality_masks"].shape == (2, 2, 256)
 
 
+def image_folder():
+    folder = Path(tempfile.mkdtemp())
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for number in range(40):
+            Image.new("RGB", (40, 50), (number, 0, 99)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def run_mom_launch_line(here):
+    words = shlex.split(here.strip("`"))
+    words = [str(image_folder()) if word == "P" else word for word in words]
+    script = words.index("scripts/train.sh")
+    config, *overrides = words[script + 1 :]
+    job = parse_job(["--config", str(ROOT / config), *overrides])
+    assert job.model.flavor == "MoM-S/4" and job.training.global_batch_size == 256
+    args = get_train_spec("mom").model_args[job.model.flavor]
+    args.update_from_config(job)
+    assert (args.in_channels, args.image_size, args.num_classes) == (3, 32, 2)
+    batch, labels = next(iter(get_train_spec("mom").build_dataloader_fn(1, 0, None, job)))
+    assert batch["input"].shape == (32, 3, 32, 32) and labels.shape == (32, 64)
+
+
+def run_slurm(here):
+    words = [*shlex.split(here.strip("`")), "--dry-run"]
+    words = [str(image_folder()) if word == "P" else word for word in words]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "sbatch" in result.stdout and "train_configs/mom/MoM-S-4.toml" in result.stdout
+
+
+def run_mom_sample(here):
+    # The command itself runs in tests/unit/sampling/test_image_command.py, with a small model.
+    words = shlex.split(here.strip("`"))
+    assert words[:2] == ["python", "scripts/sample.py"]
+    options = command._parser().parse_args(words[2:])
+    assert (options.model, options.checkpoint) == ("MoM-S/4", "DIR")
+
+
 CHECKS = {
+    "python train.py --data-path": run_mom_launch_line,
+    "torchrun --nproc_per_node=2": run_mom_launch_line,
+    "sbatch": run_slurm,
+    "python sample.py": run_mom_sample,
     "torchrun --nproc_per_node=1": run_launch_line,
     "torchrun --nproc_per_node=4": run_launch_line,
     "[model]": run_model_table,
