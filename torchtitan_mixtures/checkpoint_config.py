@@ -178,7 +178,7 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
         return
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: no such checkpoint to load.")
-    saved = {**read(path), "path": path}
+    saved = read(path)
     ours = f"{job_config.model.name}/{job_config.model.flavor}"
     theirs = f"{saved['family']}/{saved['flavor']}"
     shapes = parameter_shapes(job_config.model.name, model_args)
@@ -188,7 +188,7 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
             raise ValueError(
                 f"{path} is a checkpoint of {theirs}, this job is {ours}: {name} is "
                 f"{saved['parameters'].get(name, 'absent')} there and "
-                f"{shapes.get(name, 'absent')} here. {_remedy(saved, model_args)}"
+                f"{shapes.get(name, 'absent')} here. {_remedy(path, saved, model_args)}"
             )
     fields = json.loads(json.dumps(dataclasses.asdict(model_args)))
     for name in sorted(fields.keys() - getattr(model_args, "resumable_fields", set())):
@@ -208,7 +208,7 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
         logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")
 
 
-def _remedy(saved: dict[str, Any], model_args: BaseModelArgs) -> str:
+def _remedy(path: Path, saved: dict[str, Any], model_args: BaseModelArgs) -> str:
     """Say how a job and a checkpoint of other shapes could be brought together."""
     if _has_token_data(model_args):
         return "Set model.flavor and the tokenizers as they were, or another job.dump_folder."
@@ -217,7 +217,7 @@ def _remedy(saved: dict[str, Any], model_args: BaseModelArgs) -> str:
         return "Set model.flavor and [multimodal] as they were, or another job.dump_folder."
     return (
         f"Its images were of multimodal.image_size = {sizes[0]}, not {sizes[1]}: set it as it was, "
-        f"or start from `python scripts/convert.py resize --checkpoint {saved['path']} "
+        f"or start from `python scripts/convert.py resize --checkpoint {path} "
         f"--image-size {sizes[1]} --out DIR` (checkpoint.initial_load_path)."
     )
 

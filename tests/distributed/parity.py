@@ -305,9 +305,7 @@ def errors_of_a_step(
     meter = single.loss_fn.meter
     expected_losses = {
         name: (float(nll / count), int(count))
-        for name, nll, count in zip(
-            meter.names, *meter.totals(torch.device("cpu")), strict=True
-        )
+        for name, nll, count in zip(meter.names, *meter.totals(torch.device("cpu")), strict=True)
         if count
     }
     losses = reduce_meter(run.loss_fn.meter, dims)
