@@ -6,8 +6,8 @@ numbers of different steps, runs and layouts can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torchtitan_mixtures.ema import EMA
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor, reduce_meter
 from torchtitan_mixtures.objectives.denoising import DenoisingLoss
+from torchtitan_mixtures.objectives.levels import score_levels
 
 
 class DenoisingValidator(BaseValidator):
@@ -83,21 +84,17 @@ class DenoisingValidator(BaseValidator):
             if limit != -1 and index >= limit:
                 break
             input_dict = {k: v.to(utils.device_type) for k, v in input_dict.items()}
-            labels = labels.to(utils.device_type)
-            input_dict["input"] = self.loss_fn.encode(input_dict, "validation")
-            for level in range(self.mixture_config.objective.validation_levels):
-                inputs, targets, extra, _ = self.loss_fn.prepare(
-                    model,
-                    None,
-                    input_dict,
-                    labels,
-                    self.parallel_dims,
-                    self.mixture_config,
-                    level=level,
-                )
-                with self.validation_context(), self.maybe_enable_amp:
-                    losses = self.loss_fn.score(model(inputs, **extra), targets)
-                self.loss_fn.book_level(losses, targets, level)
+            scores = score_levels(
+                model,
+                self.loss_fn,
+                input_dict,
+                labels.to(utils.device_type),
+                self.parallel_dims,
+                self.mixture_config,
+                self._context,
+            )
+            for score in scores:
+                self.loss_fn.book_level(score.losses, score.targets, score.level)
         losses = reduce_meter(self.loss_fn.meter, self.parallel_dims)
         count = sum(targets for _, targets in losses.values())
         total = sum(loss * targets for loss, targets in losses.values())
@@ -108,6 +105,11 @@ class DenoisingValidator(BaseValidator):
             losses=losses,
             in_bits=False,
         )
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        with self.validation_context(), self.maybe_enable_amp:
+            yield
 
 
 def build_denoising_validator(**arguments: Any) -> DenoisingValidator:
