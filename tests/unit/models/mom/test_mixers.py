@@ -162,6 +162,13 @@ def test_one_token_mixer_is_a_layer_of_mlp_mixer():
     torch.testing.assert_close(mixture(x)[0], expected)
 
 
+def test_one_channel_mixer_is_a_feed_forward_network():
+    mixture = build_mixture(32, 16, 0, 1, 1, min_token_experts=0)
+    x, weights = random_tokens(), mixture.channel_mixers
+    hidden = gelu(x @ weights.w1[0].t() + weights.b1[0])
+    torch.testing.assert_close(mixture(x)[0], hidden @ weights.w2[0].t() + weights.b2[0])
+
+
 def test_channel_mixers_on_tokens_of_their_own_are_a_mixture_of_experts():
     fields = {"min_token_experts": 0, "min_channel_experts": 0, "channel_hidden_dim": 24}
     mixture = build_mixture(32, 1, 0, 4, 2, **fields)
