@@ -29,6 +29,7 @@ import torchtitan_mixtures.models.common.grouped_mm  # noqa: F401  (registers th
 MATRIX_PRODUCTS = frozenset(
     {
         torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,  # with a bias
         torch.ops.aten._scaled_mm.default,  # float8
         torch.ops.torchtitan_mixtures.grouped_mm.default,
     }
@@ -122,7 +123,9 @@ def _forced_shapes(
     block: nn.Module, prefix: str, products: Mapping[str, int], forced_names: Sequence[str]
 ) -> set[torch.Size]:
     shapes = set()
-    for path, _ in block.named_modules():
+    # Stacked weights are no modules of their own.
+    paths = [path for path, _ in (*block.named_modules(), *block.named_parameters())]
+    for path in paths:
         names = [name for name in forced_names if name in f"{prefix}.{path}"]
         if not names:
             continue
@@ -139,7 +142,8 @@ def _forced_shapes(
 
 
 def _weight_shape(block: nn.Module, path: str) -> torch.Size:
-    return next(block.get_submodule(path).parameters()).shape
+    weights = (w for name, w in block.named_parameters() if f"{name}.".startswith(f"{path}."))
+    return next(weights).shape
 
 
 def _contexts(saved_ops: frozenset[Any], plan: Sequence[bool]) -> Callable[[], Any]:

@@ -1,12 +1,13 @@
 """Context parallelism: each rank holds a part of every sequence.
 
-Everything but attention works on single positions, so a rank runs it on its own part. Attention
-needs whole sequences. Two ways to give it that:
+Nearly everything works on single positions, so a rank runs it on its own part. Attention, and what
+else mixes positions, needs whole sequences. Two ways to give it that:
 
 - `all_to_all` (the default; "Ulysses", Jacobs et al. 2023, arXiv 2309.14509): ranks swap parts of
   the sequence for parts of the heads in front of attention, and back behind it. Each rank then
   attends over whole sequences with its share of the heads, so any kernel and any mask work as they
   are. Two all-to-alls a block, in the backward pass the same. The degree must divide the heads.
+  Networks over the positions of each channel share channels in the same way.
 - `ring`: TorchTitan's, which passes keys and values around; on accelerators only.
 
 Parts are contiguous with `all_to_all`: causality goes by place in the whole sequence, rotary
@@ -17,18 +18,22 @@ positions come with the batch. `ring` deals the sequence out as
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial
 from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module, cp_shard
 from torchtitan.protocols.model import AttentionMasksType
 from torchtitan.tools.logging import logger
+
+from torchtitan_mixtures.tensor_parallel import gather
 
 SEQUENCE_DIMS = {"modality_masks": 2}
 """Axis of the sequence in tensors of a batch whose axis is not 1."""
@@ -123,6 +128,26 @@ def sequence_for_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return exchange(packed, mesh).transpose(0, 1).flatten(1, 2)
 
 
+def channels_for_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Swap a part of the sequence for a part of the channels.
+
+    Args:
+        x: `(batch, seq / ranks, channels)`.
+        mesh: The ranks that share a sequence; their number divides `channels`.
+
+    Returns:
+        `(batch, seq, channels / ranks)`.
+    """
+    packed = x.unflatten(2, (mesh.size(), -1)).permute(2, 0, 1, 3)
+    return exchange(packed, mesh).transpose(0, 1).flatten(1, 2)
+
+
+def sequence_for_channels(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Undo `channels_for_sequence`."""
+    packed = x.unflatten(1, (mesh.size(), -1)).transpose(0, 1)
+    return exchange(packed, mesh).permute(1, 2, 0, 3).flatten(2)
+
+
 class AllToAllAttention(ParallelStyle):
     """An attention module whose first inputs are q, k and v, `(batch, heads, seq, head_dim)`."""
 
@@ -138,25 +163,60 @@ class AllToAllAttention(ParallelStyle):
         return module
 
 
+class AllToAllChannels(ParallelStyle):
+    """A module that works on each channel of whole sequences, `(batch, seq, channels)`, alone."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        # Inside what tensor parallelism does before and behind, which was applied before.
+        module.register_forward_pre_hook(
+            lambda _, inputs: (channels_for_sequence(inputs[0], device_mesh), *inputs[1:])
+        )
+        module.register_forward_hook(
+            lambda _, inputs, output: sequence_for_channels(output, device_mesh), prepend=True
+        )
+        return module
+
+
+class MeanOverParts(ParallelStyle):
+    """A module that returns the mean over a rank's part of each sequence, `(batch, dim)`.
+
+    The means are gathered and averaged by every rank, in one order: what is decided by them is
+    decided alike. The gradient is one term of a sum, as what a rank makes of it is for its part.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_hook(
+            lambda _, inputs, output: gather(output[:, None], device_mesh, 1, Partial()).mean(1)
+        )
+        return module
+
+
 def apply_context_parallel(
-    model: nn.Module, mesh: DeviceMesh, attention: str, kind: str, rotate_method: str
+    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, ParallelStyle]
 ) -> None:
-    """Let attention see whole sequences; changes the model in place.
+    """Cut sequences, and let what mixes their positions see whole ones; changes the model in place.
+
+    Args:
+        model: The model, or one pipeline stage of it.
+        mesh: The ranks that share a sequence.
+        styles: Module path -> style, `*` for any layer.
+    """
+    if len(model.get_submodule("layers")._modules):  # a pipeline stage may have none
+        parallelize_module(model, mesh, dict(styles))
+    logger.info(f"Applied context parallelism over {mesh.size()} ranks to the model")
+
+
+def apply_ring(model: nn.Module, mesh: DeviceMesh, attention: str, rotate_method: str) -> None:
+    """Let attention pass keys and values around, as TorchTitan does; changes the model in place.
 
     Args:
         model: The model, or one pipeline stage of it.
         mesh: The ranks that share a sequence.
         attention: Path of the attention modules, `*` for any layer.
-        kind: `mixture.context_parallel`.
-        rotate_method: `parallelism.context_parallel_rotate_method`, for the ring.
+        rotate_method: `parallelism.context_parallel_rotate_method`.
     """
-    if kind == "all_to_all":
-        if len(model.get_submodule("layers")._modules):  # a pipeline stage may have none
-            parallelize_module(model, mesh, {attention: AllToAllAttention()})
-    else:
-        set_rotate_method(rotate_method)
-        suffix = attention.rpartition("*")[2]
-        modules = [m for name, m in model.named_modules() if name.endswith(suffix)]
-        attn_type = cast(Any, model).model_args.attn_type
-        apply_cp_to_attention_module(modules, mesh, attn_type)
-    logger.info(f"Applied context parallelism ({kind}) over {mesh.size()} ranks to the model")
+    set_rotate_method(rotate_method)
+    suffix = attention.rpartition("*")[2]
+    modules = [m for name, m in model.named_modules() if name.endswith(suffix)]
+    apply_cp_to_attention_module(modules, mesh, cast(Any, model).model_args.attn_type)
+    logger.info(f"Applied context parallelism (ring) over {mesh.size()} ranks to the model")

@@ -122,7 +122,11 @@ def _check_degrees(config: Parallelism, world: int) -> int:
     return ranks
 
 
-def _sequence_lengths(job_config: JobConfig) -> dict[str, int]:
+def _sequence_lengths(job_config: JobConfig, model_args: BaseModelArgs) -> dict[str, int]:
+    """Find out how many positions a sample has: where that is said -> number."""
+    tokens = getattr(model_args, "num_tokens", None)
+    if tokens is not None:  # of an image, whatever the keys of sequences say
+        return {"multimodal.image_size": tokens}
     lengths = {"training.seq_len": job_config.training.seq_len}
     if job_config.validation.enable:
         lengths["validation.seq_len"] = job_config.validation.seq_len
@@ -169,7 +173,7 @@ def check_tensor_parallel(
         # Without towers the stream is cut along the sequence, or the rank's part of it.
         parts = config.context_parallel_degree
         where = f", in {parts} parts" if parts > 1 else ""
-        for name, length in _sequence_lengths(job_config).items():
+        for name, length in _sequence_lengths(job_config, model_args).items():
             sizes[f"positions ({name}{where})"] = length // parts
     _require_divisor(job_config, key, degree, sizes)
     if getattr(model_args, "dispatch", None) == "reference":
@@ -201,13 +205,21 @@ def _check_context_parallel(
             f"parallelism.context_parallel_load_balancer = {balancer!r}: must be 'headtail' or "
             "'ptrr'; it matters to mixture.context_parallel = \"ring\" only."
         )
-    lengths = {f"positions ({k})": v for k, v in _sequence_lengths(job_config).items()}
+    lengths = {
+        f"positions ({name})": length
+        for name, length in _sequence_lengths(job_config, model_args).items()
+    }
     if kind == "all_to_all":
         tensor = config.tensor_parallel_degree
-        name = "heads" + (f" on each of {tensor} ranks of tensor parallelism" * (tensor > 1))
-        sizes = {name: cuts.heads(model_args) // tensor, **lengths}
-        _require_divisor(job_config, key, degree, sizes)
+        where = f" on each of {tensor} ranks of tensor parallelism" * (tensor > 1)
+        shared = {f"{name}{where}": n // tensor for name, n in cuts.sizes(model_args).items()}
+        _require_divisor(job_config, key, degree, shared | lengths)
         return
+    if cuts.ring is None:
+        raise ValueError(
+            f'mixture.context_parallel = "ring": {job_config.model.name} does not support it; '
+            'set "all_to_all".'
+        )
     if not device.has_accelerator():
         raise ValueError(
             'mixture.context_parallel = "ring": PyTorch has it for accelerators only, and this '

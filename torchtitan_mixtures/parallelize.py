@@ -12,8 +12,10 @@ is undone.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.utils._pytree import tree_leaves
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -37,7 +40,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_mixtures import device
 from torchtitan_mixtures.activation_checkpoint import SAVED_OPS, checkpoint_blocks
 from torchtitan_mixtures.checks import require_checked
-from torchtitan_mixtures.context_parallel import apply_context_parallel
+from torchtitan_mixtures.context_parallel import apply_context_parallel, apply_ring
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.layout_checks import check_tensor_parallel
 from torchtitan_mixtures.tensor_parallel import apply_tensor_parallel
@@ -63,12 +66,17 @@ class ContextCuts:
     """Where context parallelism changes a family's layers.
 
     Attributes:
-        attention: Path of the modules that attend, `*` for any layer; see `AllToAllAttention`.
-        heads: Given the model's arguments, the number of heads to share.
+        styles: Given the model: module path -> style, of those that mix positions or that cut a
+            stream which reaches every rank whole.
+        sizes: Given the model's arguments, what ranks share instead of positions and what tensor
+            parallelism shares before: description -> number.
+        ring: Path of the attention modules that `mixture.context_parallel = "ring"` changes, `*`
+            for any layer; None: the family has no such choice.
     """
 
-    attention: str
-    heads: Callable[[BaseModelArgs], int]
+    styles: Callable[[nn.Module], Mapping[str, ParallelStyle]]
+    sizes: Callable[[BaseModelArgs], Mapping[str, int]]
+    ring: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,14 +172,14 @@ def apply_cp(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, cuts: Cuts
 ) -> None:
     """Let each rank hold a part of every sequence."""
-    assert cuts.context_parallel is not None
-    apply_context_parallel(
-        model,
-        parallel_dims.get_mesh("cp"),
-        cuts.context_parallel.attention,
-        cast(MixtureJobConfig, job_config).mixture.context_parallel,
-        job_config.parallelism.context_parallel_rotate_method,
-    )
+    context, mesh = cuts.context_parallel, parallel_dims.get_mesh("cp")
+    assert context is not None
+    if cast(MixtureJobConfig, job_config).mixture.context_parallel == "ring":
+        assert context.ring is not None
+        method = job_config.parallelism.context_parallel_rotate_method
+        apply_ring(model, mesh, context.ring, method)
+    else:
+        apply_context_parallel(model, mesh, context.styles(model))
 
 
 def apply_checkpointing(
@@ -229,6 +237,7 @@ def apply_fsdp(
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
         ),
+        "shard_placement_fn": partial(_placement, mesh.size(mesh.ndim - 1)),
     }
     if training.enable_cpu_offload:
         # Only memory of an accelerator's host can be pinned.
@@ -245,6 +254,8 @@ def apply_fsdp(
     # units cast what their own layers take.
     arguments["mp_policy"] = dataclasses.replace(arguments["mp_policy"], cast_forward_inputs=False)
     fully_shard(model, **arguments)
+    # A layer with a bias returns a view. The warning is of writing into it, which nothing does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -252,6 +263,22 @@ def apply_fsdp(
                 # gloo cannot scale while it reduces.
                 module.set_force_sum_reduction_for_comms(True)
     logger.info(f"Applied {'HSDP' if mesh.ndim == 2 else 'FSDP'} to the model")
+
+
+def _placement(ranks: int, parameter: Tensor) -> Shard | None:
+    """Say where a parameter is sharded; None: along its first dimension.
+
+    Of a stack of matrices, fewer than there are ranks or not as many for each, that would leave
+    some ranks more than others, or nothing.
+    """
+    if parameter.ndim < 3 or parameter.shape[0] % ranks == 0:
+        return None
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    taken = {placement.dim for placement in placements if isinstance(placement, Shard)}
+    for dim in range(1, parameter.ndim):
+        if dim not in taken and parameter.shape[dim] % ranks == 0:
+            return Shard(dim)
+    return None
 
 
 def _shard_unit(

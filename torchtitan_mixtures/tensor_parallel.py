@@ -6,8 +6,9 @@ rank returns is a partial sum over all towers at once. So a sub-layer costs one 
 and one reduce-scatter behind, in the backward pass the same in reverse, whatever the number of
 towers. PyTorch's own `ColwiseParallel` and `RowwiseParallel` cut the weights.
 
-Every parameter becomes a DTensor on the mesh, those of norms a replicated one whose gradient is a
-pending sum (`Partial`): FSDP, the optimiser and gradient clipping then agree about all of them.
+Every parameter becomes a DTensor on the mesh, those of norms and of other layers that each rank
+applies to its own share a replicated one whose gradient is a pending sum (`Partial`): FSDP, the
+optimiser and gradient clipping then agree about all of them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from torchtitan_mixtures.models.common.dispatch import Plan, RowNorm, SortedPlan
+from torchtitan_mixtures.models.common.embeddings import LabelEmbedder
 
 
 def gather(x: Tensor, mesh: DeviceMesh, dim: int, grad: Placement) -> Tensor:
@@ -62,20 +64,31 @@ def scatter(x: Tensor, mesh: DeviceMesh, dim: int, layout: Placement) -> Tensor:
     return whole.redistribute(placements=[Shard(dim)]).to_local()
 
 
+def own_term(parameter: Tensor) -> Tensor:
+    """All of a replicated parameter, to whose gradient this rank adds one term of a sum."""
+    return cast(DTensor, parameter).to_local(grad_placements=[Partial()])
+
+
 class SubLayer(ParallelStyle):
-    """A module that needs all rows and returns a partial sum, between shares of the stream."""
+    """A module that needs all rows and returns a partial sum, between shares of the stream.
+
+    It may return more than that; then the sum is the first.
+    """
 
     def __init__(self, dim: int) -> None:
         """Take the dimension of the residual stream that is cut."""
         self.dim = dim
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if not isinstance(output, tuple):
+                return scatter(output, device_mesh, self.dim, Partial())
+            return (scatter(output[0], device_mesh, self.dim, Partial()), *output[1:])
+
         module.register_forward_pre_hook(
             lambda _, inputs: (gather(inputs[0], device_mesh, self.dim, Partial()), *inputs[1:])
         )
-        module.register_forward_hook(
-            lambda _, inputs, output: scatter(output, device_mesh, self.dim, Partial())
-        )
+        module.register_forward_hook(after)
         return module
 
 
@@ -128,6 +141,28 @@ class ScatteredInput(ParallelStyle):
         return module if self.style is None else self.style._apply(module, device_mesh)
 
 
+class PartOfInput(ParallelStyle):
+    """A module that works on this rank's part of a stream that reaches every rank whole.
+
+    Unlike that of `ScatteredInput` the backward pass does not communicate: modules before this one
+    get one term of a sum. Of two kinds of parallelism the one that is applied later cuts first.
+    """
+
+    def __init__(self, dim: int) -> None:
+        """Take the dimension to cut."""
+        self.dim = dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        ranks, rank = device_mesh.size(), device_mesh.get_local_rank()
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            # In the memory layout that later blocks get, too, so that one compiled graph does.
+            return inputs[0].chunk(ranks, self.dim)[rank].contiguous(), *inputs[1:]
+
+        module.register_forward_pre_hook(before, prepend=True)
+        return module
+
+
 class GatheredInput(ParallelStyle):
     """A column-parallel layer whose input was joined before, by `gather`.
 
@@ -152,6 +187,78 @@ def _as_replicated(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...])
     return (x, *inputs[1:])
 
 
+class Distributed(ParallelStyle):
+    """A module whose class is exchanged for one that computes with what a rank has of its weights.
+
+    As FSDP does: another class and not another module, so names and references stay.
+    """
+
+    def __init__(
+        self, module_class: type[nn.Module], placements: Mapping[str, Placement] | None = None
+    ) -> None:
+        """Build the style.
+
+        Args:
+            module_class: The class; of replicated parameters it takes the `own_term`.
+            placements: Name of a parameter of the module itself -> how it is cut; those that are
+                not named are replicated.
+        """
+        self.module_class, self.placements = module_class, placements or {}
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placement = self.placements.get(name, Replicate())
+            part = distribute_tensor(parameter, device_mesh, [placement], src_data_rank=0)
+            module.register_parameter(name, nn.Parameter(part))
+        module.__class__ = self.module_class
+        return module
+
+
+class ReplicatedLinear(nn.Linear):
+    """A linear layer that each rank applies to rows of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in)` -> `(..., out)`."""
+        return F.linear(input, own_term(self.weight), own_term(self.bias))
+
+
+class ReplicatedLabelEmbedder(LabelEmbedder):
+    """An embedding of which each rank uses the result for rows of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(batch,)` -> `(batch, dim)`."""
+        return F.embedding(input, own_term(self.weight))
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """Multiply the gradient alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+class CountedOnce(ParallelStyle):
+    """A module that every rank computes alike, where else each has one term of a gradient.
+
+    Each gets its share of the gradient, so that the terms sum up to it.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        share = 1 / device_mesh.size()
+        module.register_forward_pre_hook(
+            lambda _, inputs: tuple(
+                _ScaledGradient.apply(x, share) if x.is_floating_point() else x for x in inputs
+            )
+        )
+        return module
+
+
 class RowNormParallel(ParallelStyle):
     """A `RowNorm` on this rank's share of the rows."""
 
@@ -161,7 +268,6 @@ class RowNormParallel(ParallelStyle):
                 cast(Tensor, norm.weight), device_mesh, [Replicate()], src_data_rank=0
             )
             norm.register_parameter("weight", nn.Parameter(weight))
-        # As FSDP does: another class and not another module, so names and references stay.
         module.__class__ = ShardedRowNorm
         cast(ShardedRowNorm, module).share = device_mesh.get_local_rank()
         return module
@@ -196,10 +302,7 @@ class ShardedRowNorm(RowNorm):
         """
         norms = [cast(nn.RMSNorm, norm) for norm in self.values()]
         shape, eps = norms[0].normalized_shape, norms[0].eps
-        # Each rank sees other rows, so its gradient is one term of a sum.
-        weights = [
-            cast(DTensor, norm.weight).to_local(grad_placements=[Partial()]) for norm in norms
-        ]
+        weights = [own_term(norm.weight) for norm in norms]
         if not isinstance(plan, SortedPlan) or len(weights) == 1:
             return F.rms_norm(x, shape, weights[0], eps)
         first = self.share * x.shape[0]

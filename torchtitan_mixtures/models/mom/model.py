@@ -114,6 +114,7 @@ class MoM(ModelProtocol):
         self.y_embedder = LabelEmbedder(args.num_classes, args.dim)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", self._build_pos_embed(), persistent=False)
+        self.stream = nn.Identity()  # for parallelism to cut what enters the blocks
         blocks = (
             MoMBlock(args)
             if args.mixer == "pool"
@@ -155,7 +156,7 @@ class MoM(ModelProtocol):
             )
         patches = patchify(latents, args.patch_size).to(self.x_embedder.weight.dtype)
         x = self.x_embedder(patches)  # (batch, tokens, dim)
-        x = x + self.pos_embed.to(x.dtype)
+        x = self.stream(x + self.pos_embed.to(x.dtype))
         features = timestep_features(times, args.num_timestep_features)
         condition = self.t_embedder(features) + self.y_embedder(class_labels)  # (batch, dim)
         if args.mixer == "attention":

@@ -191,7 +191,8 @@ class Router(nn.Module):
         if noise is not None:
             pooled = pooled * (1 + self.noise * noise.to(pooled.dtype))
         # No matrix product: autocast would round it.
-        logits = (pooled[:, None] * self.weight.to(pooled.dtype)).sum(2)  # (batch, experts)
+        weight = self.parameters_of_gate().to(pooled.dtype)
+        logits = (pooled[:, None] * weight).sum(2)  # (batch, experts)
         probabilities = logits.softmax(1)
         experts = self.choose(logits)
         weights = probabilities.gather(1, experts)  # (batch, top_k)
@@ -202,6 +203,10 @@ class Router(nn.Module):
             self._assign_channel(experts, weights),
             self.statistics(logits, probabilities, experts),
         )
+
+    def parameters_of_gate(self) -> Tensor:
+        """What to compute with; see `Mixers.parameters_of_experts`."""
+        return self.weight
 
     def choose(self, logits: Tensor) -> Tensor:
         """Choose experts: first token mixers, then channel mixers, then those of either kind.

@@ -13,6 +13,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model import BaseModelArgs
 
+from torchtitan_mixtures.context_parallel import AllToAllAttention
 from torchtitan_mixtures.float8 import row_multiple
 from torchtitan_mixtures.models.common.dispatch import RowNorm
 from torchtitan_mixtures.models.mot.args import MoTModelArgs
@@ -26,6 +27,8 @@ from torchtitan_mixtures.tensor_parallel import (
     SubLayer,
     VocabParallel,
 )
+
+ATTENTION = "layers.*.attention.inner_attention"
 
 
 def tensor_parallel_styles(model: nn.Module, loss_parallel: bool) -> dict[str, ParallelStyle]:
@@ -119,7 +122,9 @@ CUTS = Cuts(
     products=matrix_products,
     tensor_parallel=TensorCuts(tensor_parallel_styles, tensor_parallel_sizes),
     context_parallel=ContextCuts(
-        "layers.*.attention.inner_attention", lambda args: cast(MoTModelArgs, args).n_heads
+        styles=lambda model: {ATTENTION: AllToAllAttention()},
+        sizes=lambda args: {"heads": cast(MoTModelArgs, args).n_heads},
+        ring=ATTENTION,
     ),
 )
 
