@@ -208,11 +208,6 @@ def _errors_of_metrics(run: Run, single: Run) -> dict[str, float]:
     expected, scalars = single.loss_fn.scalars(), run.loss_fn.scalars()
     assert scalars.keys() == expected.keys()
     for name, value in scalars.items():
-        mesh = run.mesh("batch") if name == "router/balance_loss" else None
-        if mesh is not None:  # each rank's is of its own samples
-            average = torch.tensor(value / mesh.size())
-            dist.all_reduce(average, group=mesh.get_group())
-            value = float(average)
         errors[name] = abs(value - expected[name]) / (abs(expected[name]) or 1.0)
     return errors
 

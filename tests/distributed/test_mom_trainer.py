@@ -45,8 +45,7 @@ def train_until(stop, flavor, *overrides):
     trainer.should_continue_training = lambda: trainer.step < stop
 
     def log(scalars, step, *, original=processor.logger.log):
-        # The largest loss, and that of the balance, are of the samples of one rank.
-        names = [n for n in scalars if "loss" in n and "max" not in n and "balance" not in n]
+        names = [n for n in scalars if "loss" in n and "max" not in n]  # that is of one rank
         losses.update({f"{step} {name}": scalars[name] for name in names})
         original(scalars, step)
 

@@ -26,10 +26,14 @@ BASE = (*QUICK, "--training.steps=3", "--training.global_batch_size=8",
         "--lr_scheduler.warmup_steps=1")  # fmt: skip
 
 
+# What a router balances is the load of a microbatch.
+FURTHER = {"mom": ["--objective.balance_weight=0"]}
+
+
 def run(family, folder, local, *options):
     records = run_ranks(
-        train, 2, family, *BASE, f"--training.local_batch_size={local}", *options,
-        f"--job.dump_folder={folder}", init=False, timeout=200,
+        train, 2, family, *BASE, *FURTHER.get(family, ()),
+        f"--training.local_batch_size={local}", *options, f"--job.dump_folder={folder}", init=False, timeout=200,
     )  # fmt: skip
     assert records[0]["loss"] == records[1]["loss"]
     assert records[0]["weights"] == records[1]["weights"]

@@ -16,14 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_mixtures.objectives.outputs import RouterStatistics
 
 
-def mean_load(load: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """Average the load over the ranks that hold other samples, `(layers, experts)`."""
-    load = load.detach().float()
+def mean_over_ranks(rows: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Average over the ranks that hold other samples, without a gradient."""
+    rows = rows.detach().clone()
     if mesh is None or mesh.size() == 1:
-        return load
-    load = load.clone()
-    dist.all_reduce(load, group=mesh.get_group())
-    return load / mesh.size()
+        return rows
+    dist.all_reduce(rows, group=mesh.get_group())
+    return rows / mesh.size()
 
 
 def balance_loss(probabilities: Tensor, load: Tensor) -> Tensor:
@@ -89,11 +88,12 @@ def router_losses(
         z_weight: Weight of the squared logarithm of the partition function.
 
     Returns:
-        The weighted sum, a scalar; the load of all ranks `(layers, experts)`; the balance loss.
+        The weighted sum, a scalar; and of all ranks, for reports, the load `(layers, experts)` and
+        the balance loss.
     """
-    load = mean_load(router.load, mesh)
-    balance = balance_loss(router.probabilities, load)
-    loss = balance_weight * balance
+    load, probabilities = mean_over_ranks(torch.stack([router.load, router.probabilities]), mesh)
+    balance = balance_loss(probabilities, load)
+    loss = balance_weight * balance_loss(router.probabilities, load)
     if z_weight:
         loss = loss + z_weight * router.z.mean()
     return loss, load, balance
