@@ -33,7 +33,8 @@ FURTHER = {"mom": ["--objective.balance_weight=0"]}
 def run(family, folder, local, *options):
     records = run_ranks(
         train, 2, family, *BASE, *FURTHER.get(family, ()),
-        f"--training.local_batch_size={local}", *options, f"--job.dump_folder={folder}", init=False, timeout=200,
+        f"--training.local_batch_size={local}", *options, f"--job.dump_folder={folder}",
+        init=False, timeout=200,
     )  # fmt: skip
     assert records[0]["loss"] == records[1]["loss"]
     assert records[0]["weights"] == records[1]["weights"]
