@@ -331,6 +331,10 @@ class Sampling(SamplingSettings, DenoisingSettings):
     class_labels: list[int] = field(default_factory=list)
     """Classes to draw, for models of images with classes. Empty = the first eight."""
 
+    vae: str = ""
+    """Folder of the VAE that makes pictures of latents that were encoded before; with
+    `multimodal.vae` that one does."""
+
     num_samples: int = 2
     """Samples of each prompt or class."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torchtitan.components.metrics import BaseLogger, TensorBoardLogger, WandBLogger
 
 
@@ -25,6 +27,20 @@ class Media:
 
     sounds: Mapping[str, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
     """`(samples,)` float32 in [-1, 1], and the sample rate."""
+
+
+def write_pictures(folder: Path, media: Media, step: int) -> None:
+    """Write images as `samples/images-step-00050.png`, if that is their name, below a folder.
+
+    Args:
+        folder: The run's.
+        media: What to write.
+        step: The training step.
+    """
+    for name, image in media.images.items():
+        path = folder / f"{name}-step-{step:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def _write_to_tensorboard(target: TensorBoardLogger, media: Media, step: int) -> None:

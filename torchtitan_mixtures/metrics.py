@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.job_config import MixtureJobConfig
-from torchtitan_mixtures.media import Media, write_media
+from torchtitan_mixtures.media import Media, write_media, write_pictures
 from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.optimizer import TowerOptimizers
 from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter
@@ -38,10 +39,12 @@ class MixtureMetricsProcessor(MetricsProcessor):
     Attributes:
         loss_meter: The loss's meter; the trainer sets it. None: no losses per bucket.
         further_scalars: What else the loss reports, of its last step; the trainer sets it.
+        picture_folder: Below it images are files too; the trainer sets it.
     """
 
     loss_meter: LossMeter | None = None
     further_scalars: Callable[[], dict[str, float]] = staticmethod(dict)
+    picture_folder: Path | None = None
 
     def __init__(
         self,
@@ -198,7 +201,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         return self.logger._loggers if isinstance(self.logger, LoggerContainer) else []
 
     def log_media(self, media: Media, step: int) -> None:
-        """Write images, texts and sounds wherever scalars are written.
+        """Write images, texts and sounds wherever scalars are written, and images as PNG files.
 
         Args:
             media: What to write.
@@ -206,6 +209,8 @@ class MixtureMetricsProcessor(MetricsProcessor):
         """
         for target in self.loggers:
             write_media(target, media, step)
+        if self.loggers and self.picture_folder is not None and dist.get_rank() == 0:
+            write_pictures(self.picture_folder, media, step)
 
     def restart_clock(self, step: int) -> None:
         """Measure throughput from here on; what came before (validation, say) does not count.
@@ -360,9 +365,9 @@ def bucket_scalars(
 
 
 def describe_losses(losses: dict[str, tuple[float, int]], in_bits: bool = True) -> str:
-    """Write losses for the console, as `text: 5.123 (7.39 bits, 31%)`, or `0.3: 0.123`."""
+    """Write losses for the console: `text: 5.123 (7.39 bits, 31%)`, or `noise 0.125: 0.9876`."""
     if not in_bits:
-        return "  ".join(f"{name}: {loss:.4f}" for name, (loss, _) in losses.items())
+        return "  ".join(f"noise {name}: {loss:.4f}" for name, (loss, _) in losses.items())
     total = sum(count for _, count in losses.values())
     return "  ".join(
         f"{name}: {loss:.4f} ({loss * NATS_TO_BITS:.3f} bits, {100 * count / total:.0f}%)"

@@ -8,11 +8,13 @@ training: the loaders yield pictures that are larger by the factor of the VAE.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.emoji import SIZES, SPLITS
 from torchtitan_mixtures.data.image_sets import (
@@ -96,6 +98,18 @@ def check_splits(job_config: JobConfig) -> None:
             check_split(job_config, "multimodal.validation_splits", split)
 
 
+def warn_of_thumbnails(job_config: JobConfig) -> None:
+    """Say if pictures of a folder are shrunk to the size of latents, which may not be meant."""
+    config = _multimodal(job_config)
+    is_folder = config.source == "folder" and not config.vae
+    if is_folder and not is_latent_folder(Path(config.path).expanduser()):
+        logger.warning(
+            f"multimodal.path = {config.path!r} holds pictures: the model sees {config.image_size} "
+            f"x {config.image_size} pixels of each. Latents of larger ones come from "
+            f"multimodal.vae, or from `{ENCODE_COMMAND}`."
+        )
+
+
 def check_split(job_config: JobConfig, key: str, split: str) -> None:
     """Check that a job's images have a split.
 
@@ -120,6 +134,29 @@ def check_split(job_config: JobConfig, key: str, split: str) -> None:
             f'{key}: the latents in "{folder}" have no split "{split}"; their splits are '
             f"{', '.join(splits)}."
         )
+
+
+def list_splits(job_config: JobConfig) -> list[str]:
+    """List the splits of a job's images that have no other classes than training; that one first.
+
+    Raises:
+        ValueError: The images are not there; names the key of the section that does not fit.
+    """
+    config = _multimodal(job_config)
+    image_spec(job_config)
+    folder = Path(config.path).expanduser()
+    if config.source == "emoji":
+        names = SPLITS
+    elif is_latent_folder(folder):
+        names = tuple(_latent_index(folder).splits)
+    else:
+        names = _class_folders(config.path, config.train_split).splits
+    known = []
+    for name in sorted(names, key=lambda name: name != config.train_split):
+        with suppress(ValueError):
+            check_split(job_config, "", name)
+            known.append(name)
+    return known
 
 
 def open_images(job_config: JobConfig, key: str, split: str) -> ImageSet:

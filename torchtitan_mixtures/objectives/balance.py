@@ -39,39 +39,53 @@ def balance_loss(probabilities: Tensor, load: Tensor) -> Tensor:
 
 
 class RouterMeter:
-    """Running mean of the load of each expert, kept on the device until metrics are logged."""
+    """Running means of what routers do, kept on the device until metrics are logged.
 
-    def __init__(self) -> None:
-        self.load: Tensor | None = None  # (layers, experts), sum over microbatches
+    Args:
+        num_token_experts: So many experts, the first ones, mix tokens.
+    """
+
+    def __init__(self, num_token_experts: int = 0) -> None:
+        self.means: Tensor | None = None  # (2, layers, experts), sum over microbatches
         self.balance: Tensor | None = None
         self.count = 0
+        self._num_token_experts = num_token_experts
 
     def reset(self) -> None:
         """Forget everything added so far."""
-        self.load = self.balance = None
+        self.means = self.balance = None
         self.count = 0
 
-    def add(self, load: Tensor, balance: Tensor) -> None:
-        """Add the load of all ranks, `(layers, experts)`, and the balance loss of a microbatch."""
+    def add(self, means: Tensor, balance: Tensor) -> None:
+        """Add load and probabilities of all ranks' samples, and the balance loss of a microbatch.
+
+        Args:
+            means: `(2, layers, experts)`.
+            balance: A scalar.
+        """
         balance = balance.detach()
-        self.load = load if self.load is None else self.load + load
+        self.means = means if self.means is None else self.means + means
         self.balance = balance if self.balance is None else self.balance + balance
         self.count += 1
 
     def scalars(self) -> dict[str, float]:
-        """What is logged: the balance loss, and of each layer the entropy and the largest load.
+        """What is logged: the balance loss, and of each layer how it chooses.
 
-        Loads are relative to an even one: 1 = even. Entropies are relative to that of an even load.
+        The largest load is relative to an even one (1 = even), and the entropy of the load to that
+        of an even one. `token_probability` is that of all token mixers together: where both kinds
+        are always chosen, the load does not show that one of them has all the weight.
         """
-        if self.load is None or self.balance is None:
+        if self.means is None or self.balance is None:
             return {}
-        load = self.load.double() / self.count
+        load, probabilities = self.means.double() / self.count
         experts = load.shape[1]
         entropy = torch.special.entr(load).sum(1) / torch.log(torch.tensor(float(experts)))
         largest = load.max(1).values * experts
-        numbers = torch.stack([largest, entropy]).tolist()
+        token = probabilities[:, : self._num_token_experts].sum(1)
+        numbers = torch.stack([largest, entropy, token]).tolist()
+        names = ("largest_load", "load_entropy", "token_probability")
         scalars = {"router/balance_loss": float(self.balance) / self.count}
-        for name, values in zip(("largest_load", "load_entropy"), numbers, strict=True):
+        for name, values in zip(names, numbers, strict=True):
             scalars |= {f"router/layer_{layer}/{name}": v for layer, v in enumerate(values)}
         return scalars
 
@@ -88,12 +102,13 @@ def router_losses(
         z_weight: Weight of the squared logarithm of the partition function.
 
     Returns:
-        The weighted sum, a scalar; and of all ranks, for reports, the load `(layers, experts)` and
-        the balance loss.
+        The weighted sum, a scalar; and of all ranks, for reports, load and probabilities, `(2,
+        layers, experts)`, and the balance loss.
     """
-    load, probabilities = mean_over_ranks(torch.stack([router.load, router.probabilities]), mesh)
+    means = mean_over_ranks(torch.stack([router.load, router.probabilities]), mesh)
+    load, probabilities = means
     balance = balance_loss(probabilities, load)
     loss = balance_weight * balance_loss(router.probabilities, load)
     if z_weight:
         loss = loss + z_weight * router.z.mean()
-    return loss, load, balance
+    return loss, means, balance

@@ -37,6 +37,9 @@ from torchtitan_mixtures.objectives.randomness import draw_normal, draw_uniform
 BANDS = 4
 """The training loss is reported in so many bands of noise, from little to much."""
 
+VALIDATION_SEED = 0
+"""Validation has the same noise in every run, whatever the run's seed."""
+
 
 class DenoiserArgs(Protocol):
     """What the arguments of a denoising model say about what it sees."""
@@ -47,6 +50,7 @@ class DenoiserArgs(Protocol):
     num_classes: int
     dim: int
     n_layers: int
+    num_token_experts: int
     router_noise: float
 
     def update_from_config(self, job_config: JobConfig) -> None:
@@ -111,7 +115,7 @@ class DenoisingLoss:
     ) -> None:
         self.process = process
         self.meter = LossMeter(_band_names(BANDS), group="noise", in_bits=False)
-        self.router_meter = RouterMeter()
+        self.router_meter = RouterMeter(args.num_token_experts)
         self._args = args
         self._config = config
         self._seed = seed
@@ -148,29 +152,28 @@ class DenoisingLoss:
         """
         samples = input_dict["sample_index"].cpu()
         device = input_dict["input"].device
+        seed = self._seed if level is None else VALIDATION_SEED
         purpose = "training" if level is None else f"validation level {level}"
-        clean = input_dict["input"] if level is not None else self.encode(input_dict, purpose)
-        uniform = draw_uniform(self._seed, samples, f"{purpose}, time")
+        clean = input_dict["input"] if level is not None else self.encode(input_dict, seed)
         if level is None:
-            times = self.process.times(uniform)
+            times = self.process.times(draw_uniform(seed, samples, f"{purpose}, time"))
         else:
             fixed = self.process.level_times(self._config.validation_levels)
             times = fixed[level].expand(len(samples)).clone()
         times = times.to(device)
         shape = tuple(clean.shape[1:])
-        noise = draw_normal(self._seed, samples, shape, f"{purpose}, noise").to(device)
+        noise = draw_normal(seed, samples, shape, f"{purpose}, noise").to(device)
         noised = self.process.corrupt(clean, noise, times)
         classes = input_dict["class_labels"]
         extra = {"times": self.process.model_times(times), "class_labels": classes}
         if level is None:
-            drawn = draw_uniform(self._seed, samples, f"{purpose}, class dropout").to(device)
+            drawn = draw_uniform(seed, samples, f"{purpose}, class dropout").to(device)
             null = torch.full_like(classes, self._args.num_classes)
             extra["class_labels"] = torch.where(drawn < self._config.class_dropout, null, classes)
             if self._args.router_noise > 0:
                 shape = (self._args.n_layers, self._args.dim)
-                extra["router_noise"] = draw_normal(
-                    self._seed, samples, shape, f"{purpose}, router"
-                ).to(device)
+                router_noise = draw_normal(seed, samples, shape, f"{purpose}, router")
+                extra["router_noise"] = router_noise.to(device)
         parts = [patchify(image, self._args.patch_size) for image in (clean, noise)]
         parts.append(labels)
         if parallel_dims.cp_enabled:
@@ -179,12 +182,12 @@ class DenoisingLoss:
         targets = DenoisingTargets(parts[0], parts[1], times, labels=parts[2])
         return noised, targets, extra, {}
 
-    def encode(self, input_dict: dict[str, Tensor], purpose: str) -> Tensor:
+    def encode(self, input_dict: dict[str, Tensor], seed: int = VALIDATION_SEED) -> Tensor:
         """What the model is to see: the images, or latents drawn from what a VAE says of them.
 
         Args:
             input_dict: The batch of an image loader, on the model's device.
-            purpose: What it is for; latents are drawn anew for each purpose.
+            seed: Of the latents that are drawn.
 
         Returns:
             `(batch, channels, height, width)` float32.
@@ -192,16 +195,14 @@ class DenoisingLoss:
         images, samples = input_dict["input"], input_dict["sample_index"].cpu()
         if "latent_std" in input_dict:
             std = input_dict["latent_std"]
-            noise = draw_normal(self._seed, samples, tuple(std.shape[1:]), f"{purpose}, latents")
+            noise = draw_normal(seed, samples, tuple(std.shape[1:]), "latents")
             return images + std * noise.to(std.device)
         if not self._vae_folder:
             return images
         if self._vae is None:
             self._vae = load_vae(self._vae_folder, images.device)
         size = self._args.image_size
-        noise = draw_normal(
-            self._seed, samples, (self._args.in_channels, size, size), f"{purpose}, latents"
-        )
+        noise = draw_normal(seed, samples, (self._args.in_channels, size, size), "latents")
         return self._vae.encode(images, noise.to(images.device))
 
     def __call__(self, output: DenoiserOutput, targets: DenoisingTargets) -> Tensor:
@@ -214,8 +215,8 @@ class DenoisingLoss:
         if output.router is not None:
             mesh = self._sample_mesh()
             weights = self._config.balance_weight, self._config.z_weight
-            router, load, balance = router_losses(output.router, mesh, *weights)
-            self.router_meter.add(load, balance)
+            router, means, balance = router_losses(output.router, mesh, *weights)
+            self.router_meter.add(means, balance)
             total = total + router * is_supervised.sum()
         return total
 

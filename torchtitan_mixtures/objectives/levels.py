@@ -47,7 +47,7 @@ def score_levels(
         job_config: The job's configuration.
         context: Makes the context that the model runs in.
     """
-    clean = {**input_dict, "input": loss_fn.encode(input_dict, "validation")}
+    clean = {**input_dict, "input": loss_fn.encode(input_dict)}
     for level in range(job_config.objective.validation_levels):
         inputs, targets, extra, _ = loss_fn.prepare(
             model, None, clean, labels, parallel_dims, job_config, level=level

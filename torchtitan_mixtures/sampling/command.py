@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the option or file, what is wrong and what would be right.
     """
+    options.guidance = 1.0 if options.guidance is None else options.guidance
     settings = SamplingSettings(
         **{field.name: getattr(options, field.name) for field in fields(SamplingSettings)}
     )
@@ -273,7 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-samples", type=int, help="of each prompt (default 1) or class (default 4); at most "
         f"{MAX_SAMPLES:,}")  # fmt: skip
     add("--batch-size", type=int, default=16, help="samples drawn together")
-    add("--guidance", "--cfg-scale", type=float, default=1.0, help="by prompt or class; 1: none")
+    add("--guidance", "--cfg-scale", type=float, help="by prompt or class; 1: none (default; of "
+        "models of images as in the run's [sampling])")  # fmt: skip
     add("--seed", type=int, default=0)
     add(
         "--out",
@@ -294,13 +296,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="choose among tokens of this probability")
     add("--max-text-tokens", type=int, default=64)
     add("--max-speech-seconds", type=float, default=4.0)
-    add = parser.add_argument_group("models of images of classes").add_argument
+    group = parser.add_argument_group(
+        "models of images of classes", "defaults are those of the run's [sampling]"
+    )
+    add = group.add_argument
     add("--class-labels", type=int, nargs="+", help="classes to draw; default: the first eight")
-    add("--sampler", choices=("", "ddpm", "ddim", "euler"), default="", help="default: ddpm, or "
-        "euler for models of flow")  # fmt: skip
-    add("--num-steps", "--num-sampling-steps", type=int, default=50, help="steps to an image")
-    add("--eta", type=float, default=0.0, help="noise of ddim; 1: as much as ddpm")
-    add("--guided-channels", type=int, default=0, help="guide the first so many; 0: all")
-    add("--vae", help="folder of the VAE; default: that of the run")
+    add("--sampler", choices=("ddpm", "ddim", "euler"), help="euler for models of flow")
+    add("--num-steps", "--num-sampling-steps", type=int, help="steps to an image")
+    add("--eta", type=float, help="noise of ddim; 1: as much as ddpm")
+    add("--guided-channels", type=int, help="guide the first so many; 0: all")
+    add("--vae", help="folder of the VAE that makes pictures of latents")
     add("--no-ema", action="store_true", help="the parameters, not their average")
     return parser

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from torchtitan_mixtures.checkpoint_loading import LoadedModel, load_model
+from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures.checkpoint_loading import LoadedModel, find_checkpoint, load_model
 from torchtitan_mixtures.data.image_data import image_spec
 from torchtitan_mixtures.data.vae import load_vae
 from torchtitan_mixtures.objectives.denoising import build_process
@@ -48,6 +49,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the option or file, what is wrong and what would be right.
     """
+    saved = checkpoint_config.read(find_checkpoint(options.checkpoint))["job_config"]
+    for name in ("sampler", "num_steps", "eta", "guidance", "guided_channels"):
+        if getattr(options, name) is None:
+            setattr(options, name, saved["sampling"][name])
     check_values(options, "--")
     check_denoising(options, "--")
     options.num_samples = 4 if options.num_samples is None else options.num_samples
@@ -63,7 +68,7 @@ def _run_in(folder: Path, options: argparse.Namespace) -> None:
     config, args = loaded.job_config, loaded.model_args
     process = build_process(config.objective, args.in_channels)
     settings = check_image_settings(options, process, args, config.objective.class_dropout, "--")
-    vae_folder = options.vae or config.multimodal.vae
+    vae_folder = options.vae or config.multimodal.vae or config.sampling.vae
     if not vae_folder and args.in_channels != 3:
         raise ValueError(
             f"--vae: {loaded.path} draws latents of {args.in_channels} channels; name the folder "

@@ -17,7 +17,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.image_data import image_spec
-from torchtitan_mixtures.data.vae import load_vae
+from torchtitan_mixtures.data.vae import load_vae, read_vae_config
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.media import Media
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
@@ -50,8 +50,19 @@ def check_image_sampling(job_config: MixtureJobConfig, model_args: Any) -> Image
             "images of classes; use sampling.class_labels."
         )
     check_classes(config.class_labels, model_args.num_classes, "sampling.class_labels: class")
+    if config.vae:
+        _check_vae(config.vae, model_args.in_channels)
     process = build_process(objective, model_args.in_channels)
     return check_image_settings(config, process, model_args, objective.class_dropout, "sampling.")
+
+
+def _check_vae(folder: str, channels: int) -> None:
+    found = read_vae_config(folder).channels
+    if found != channels:
+        raise ValueError(
+            f"sampling.vae = {folder!r}: its latents have {found} channels, the model's images "
+            f"{channels}; name the VAE that encoded them."
+        )
 
 
 class ImageSampler:
@@ -67,7 +78,7 @@ class ImageSampler:
         self._process = build_process(job_config.objective, model_args.in_channels)
         self._processor = processor
         self._names = image_spec(job_config).class_names
-        self._vae_folder = job_config.multimodal.vae
+        self._vae_folder = job_config.multimodal.vae or job_config.sampling.vae
 
     def is_due(self, step: int) -> bool:
         """Whether images are to be drawn after this step."""
@@ -123,10 +134,10 @@ def build_image_sampler(
         reason = (
             f"a rank has a part of every image with parallelism.context_parallel_degree = {degree}"
         )
-    elif not job_config.multimodal.vae and model_args.in_channels != 3:
+    elif model_args.in_channels != 3 and not (job_config.multimodal.vae or job_config.sampling.vae):
         reason = (
-            f"the model's images have {model_args.in_channels} channels: latents, which "
-            "multimodal.vae would make pictures of"
+            f"the model's images have {model_args.in_channels} channels: latents, which the VAE "
+            "that sampling.vae names would make pictures of"
         )
     if reason is not None:
         logger.warning(

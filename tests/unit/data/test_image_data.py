@@ -12,7 +12,12 @@ from PIL import Image
 
 from tests.unit.data.image_jobs import make_job, save_tiny_vae, write_folder, write_picture
 from torchtitan_mixtures.data.emoji import EmojiCorpus
-from torchtitan_mixtures.data.image_data import check_splits, image_spec, open_images
+from torchtitan_mixtures.data.image_data import (
+    check_splits,
+    image_spec,
+    open_images,
+    warn_of_thumbnails,
+)
 from torchtitan_mixtures.data.image_files import BrokenImageError, crop_centre, read_picture
 from torchtitan_mixtures.data.image_sets import ClassFolders, FolderImages, ImageSet
 
@@ -206,3 +211,10 @@ def test_a_broken_file_says_what_is_wrong_with_it(tmp_path):
     path.write_bytes(b"\x89PNG nothing more")
     with pytest.raises(BrokenImageError, match="UnidentifiedImageError"):
         read_picture(str(path), 4)
+
+
+def test_pictures_that_are_shrunk_to_the_size_of_latents_are_warned_of(tmp_path, caplog):
+    warn_of_thumbnails(make_job(source="emoji"))
+    assert caplog.text == ""
+    warn_of_thumbnails(folder_job(write_folder(tmp_path)))
+    assert "holds pictures: the model sees" in caplog.text

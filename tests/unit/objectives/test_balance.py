@@ -43,14 +43,18 @@ def test_weights_scale_both_losses_and_only_probabilities_have_a_gradient():
 
 
 def test_the_meter_reports_loads_relative_to_even_ones():
-    meter = RouterMeter()
+    meter = RouterMeter(num_token_experts=1)
     assert meter.scalars() == {}
-    meter.add(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor(2.0))
-    meter.add(torch.tensor([[1.0, 0.0], [0.25, 0.75]]), torch.tensor(1.0))
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    for load, balance in (([0.5, 0.5], 2.0), ([0.25, 0.75], 1.0)):
+        means = torch.stack([torch.tensor([[1.0, 0.0], load]), probabilities])
+        meter.add(means, torch.tensor(balance))
     scalars = meter.scalars()
     assert scalars["router/balance_loss"] == pytest.approx(1.5)
     assert scalars["router/layer_0/largest_load"] == pytest.approx(2.0)
     assert scalars["router/layer_0/load_entropy"] == pytest.approx(0.0)
     assert scalars["router/layer_1/largest_load"] == pytest.approx(1.25)
+    assert scalars["router/layer_0/token_probability"] == pytest.approx(0.9)
+    assert scalars["router/layer_1/token_probability"] == pytest.approx(0.2)
     entropy = -(0.375 * math.log(0.375) + 0.625 * math.log(0.625)) / math.log(2)
     assert scalars["router/layer_1/load_entropy"] == pytest.approx(entropy)

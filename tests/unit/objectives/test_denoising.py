@@ -13,7 +13,7 @@ from torchtitan_mixtures.objectives.patches import patchify
 ONE_PROCESS = SimpleNamespace(cp_enabled=False)
 
 
-def make_loss(router_noise=0.0, **keys):
+def make_loss(router_noise=0.0, seed=1, **keys):
     config = Objective(**keys)
     args = SimpleNamespace(
         patch_size=4,
@@ -22,9 +22,10 @@ def make_loss(router_noise=0.0, **keys):
         num_classes=10,
         dim=6,
         n_layers=2,
+        num_token_experts=1,
         router_noise=router_noise,
     )
-    return DenoisingLoss(build_process(config, 3), args, config, seed=1)
+    return DenoisingLoss(build_process(config, 3), args, config, seed)
 
 
 def make_batch(numbers, seed=0):
@@ -66,6 +67,12 @@ def test_samples_have_noise_of_their_own_and_the_same_each_time():
     noise = torch.cat([first[1].noise, other[1].noise]).flatten(1)
     assert torch.unique(noise[:, 0]).numel() == 16
     assert not torch.equal(first[1].times, other[1].times)
+
+
+@pytest.mark.parametrize("level", [None, 2])
+def test_the_seed_decides_about_training_and_validation_is_the_same_in_every_run(level):
+    noises = [prepare(make_loss(seed=seed), range(4), level)[1].noise for seed in (1, 2)]
+    assert torch.equal(*noises) == (level is not None)
 
 
 def test_a_share_of_the_samples_loses_its_class():

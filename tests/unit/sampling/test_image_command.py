@@ -85,6 +85,19 @@ def test_an_image_depends_on_its_number_and_the_seed_not_on_the_batch(checkpoint
         assert (image != other[name]).any()
 
 
+def test_what_is_not_said_is_as_in_the_sampling_of_the_run(tmp_path):
+    run = save(
+        tmp_path / "run", make_model(), "--sampling.sampler=ddim", "--sampling.guidance=3",
+        "--sampling.num_steps=7", "--sampling.eta=0.5", "--sampling.guided_channels=2",
+    )  # fmt: skip
+    main(["--ckpt", str(run), "--out", str(tmp_path / "out"), "--no-ema", "--eta", "0.25"])
+    settings = json.loads((tmp_path / "out" / "samples.json").read_text())["settings"]
+    assert settings == {
+        "sampler": "ddim", "num_steps": 7, "eta": 0.25, "guidance": 3.0, "guided_channels": 2,
+        "seed": 0,
+    }  # fmt: skip
+
+
 def test_the_average_is_drawn_from_unless_told_otherwise(checkpoint, tmp_path):
     averaged, raw = load_model(checkpoint), load_model(checkpoint, averaged=False)
     assert averaged.is_averaged and not raw.is_averaged
@@ -100,10 +113,10 @@ WRONG = [
     (("--model", "MoM-S/4"), "--model MoM-S/4: "),
     (("--prompt", "a fox"), "--prompt: "),
     (("--sampler", "euler"), "--sampler = 'euler': a model of kind ddpm is drawn from with ddpm"),
-    (("--num-steps", "1001"), "--num_steps = 1001: must be at most 1000"),
-    (("--num-steps", "0"), "--num_steps = 0: must be 1 or more"),
+    (("--num-steps", "1001"), "--num-steps = 1001: must be at most 1000"),
+    (("--num-steps", "0"), "--num-steps = 0: must be 1 or more"),
     (("--eta", "2"), "--eta = 2.0: must be from 0 to 1"),
-    (("--guided-channels", "4"), "--guided_channels = 4: must be from 0 (all) to 3"),
+    (("--guided-channels", "4"), "--guided-channels = 4: must be from 0 (all) to 3"),
     (("--num-samples", "0"), "--num-samples 0: must be at least 1."),
     (("--num-samples", "10001"), "--num-samples 10001: must be at most 10,000."),
     (("--guidance", "1e40"), "--guidance = 1e+40: must be from 0 to 1000"),

@@ -1,0 +1,85 @@
+"""`[sampling]` of models of images: what is refused, where sheets go, when there are none."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchtitan.components.metrics import LoggerContainer
+
+from tests.jobs import debug_job
+from tests.unit.sampling.test_image_command import make_model
+from torchtitan_mixtures.checks import check_job
+from torchtitan_mixtures.media import Media, write_pictures
+from torchtitan_mixtures.sampling.during_training import build_sampler
+
+ON = ("--sampling.interval=2", "--sampling.num_steps=2", "--sampling.num_samples=1")
+
+
+class FakeProcessor:
+    """Keeps what is logged."""
+
+    loggers = (LoggerContainer(),)
+
+    def __init__(self):
+        self.media = {}
+
+    def log_media(self, media, step):
+        self.media[step] = media
+
+    def restart_clock(self, step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--sampling.class_labels=8", r"^sampling.class_labels: class 8: must be from 0 to 7"),
+        ("--sampling.prompts=a fox", r"^sampling.prompts = \['a fox'\]: .* sampling.class_labels"),
+        ("--sampling.sampler=euler", r"^sampling.sampler = 'euler': .* ddpm or ddim"),
+        ("--sampling.num_steps=1001", r"^sampling.num_steps = 1001: must be at most 1000"),
+        ("--sampling.guided_channels=4", r"^sampling.guided_channels = 4: must be from 0"),
+        ("--sampling.vae=nowhere", r"nowhere"),
+    ],
+)
+def test_what_could_not_be_drawn_is_refused_at_start_up(option, message):
+    with pytest.raises(ValueError, match=message):
+        check_job(debug_job("mom", *ON, option))
+
+
+def test_a_sheet_has_a_row_for_each_class_and_leaves_the_model_as_it_was():
+    job = debug_job("mom", *ON, "--sampling.class_labels", "1", "2", "5")
+    model, processor = make_model(), FakeProcessor()
+    model.train()
+    before = [parameter.clone() for parameter in model.parameters()]
+    state = torch.random.get_rng_state()
+    sampler = build_sampler(job, model.model_args, processor)
+    assert [step for step in range(1, 7) if sampler.is_due(step)] == [2, 4, 6]
+    sampler.sample(model, 2)
+    sampler.sample(model, 4)
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    first, second = (processor.media[step].images["samples/images"] for step in (2, 4))
+    assert np.array_equal(first, second)  # the same noise, and the model has not moved
+    assert first.shape[0] > 3 * 96
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "reason"),
+    [
+        (("--parallelism.context_parallel_degree=2",), {}, "context_parallel_degree = 2"),
+        ((), {"in_channels": 4}, "4 channels: latents, which the VAE that sampling.vae names"),
+    ],
+)
+def test_where_no_picture_can_be_drawn_training_goes_without(options, fields, reason, caplog):
+    args = make_model(**fields).model_args
+    assert build_sampler(debug_job("mom", *ON, *options), args, SimpleNamespace()) is None
+    assert reason in caplog.text
+
+
+def test_sheets_are_files_too(tmp_path):
+    image = np.full((4, 6, 3), 200, np.uint8)
+    write_pictures(tmp_path, Media({"samples/images": image}), 50)
+    with Image.open(tmp_path / "samples" / "images-step-00050.png") as written:
+        assert np.array_equal(np.asarray(written), image)
