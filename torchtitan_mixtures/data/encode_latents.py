@@ -119,7 +119,7 @@ def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
     }
     names = {split: images.fingerprint() for split, images in splits.items()}
     classes = list(folders.class_names)
-    _begin(encoding.out, {**about, "images in a shard": per_shard, "classes": classes, **names})
+    _begin(encoding.out, {**about, "images in a shard": per_shard, "classes": classes}, names)
     if (encoding.out / INDEX).is_file():
         report(f"{encoding.out} is complete already")
         return LatentIndex.read(encoding.out)
@@ -231,13 +231,18 @@ class _Pictures(Dataset):
             return f"{self._images.key(number)} ({error})"
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> None:
+def _begin(out: Path, about: dict[str, Any], splits: dict[str, Any]) -> None:
     """Make the folder, or check that what is in it was begun for the same plan.
+
+    Args:
+        out: The folder.
+        about: What the latents depend on, beside the images.
+        splits: Fingerprint of the images of each split.
 
     Raises:
         ValueError: It holds something else.
     """
-    plan = {"format_version": FORMAT_VERSION, **plan}
+    plan = {"format_version": FORMAT_VERSION, **about, **splits}
     if not (out / PLAN).is_file():
         if out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
             raise ValueError(f"--out {out}: exists and holds no latents; name a new folder.")
@@ -248,11 +253,16 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         found = json.loads((out / PLAN).read_text(encoding="utf-8"))
         differing = next((key for key in plan if plan[key] != found.get(key)), None)
     except (ValueError, AttributeError):
-        differing = "a readable plan"
-    if differing is not None:
         raise ValueError(
-            f"--out {out}: was begun with another {differing} ({out / PLAN}); name a new folder, "
-            "or delete this one."
+            f"--out {out}: {out / PLAN} cannot be read; name a new folder, or delete this one."
+        ) from None
+    if differing is not None:
+        what = f"another {differing}"
+        if differing in splits:
+            what = f"other {'training' if differing == 'train' else differing} images"
+        raise ValueError(
+            f"--out {out}: was begun with {what} ({out / PLAN}); name a new folder, or delete this "
+            "one."
         )
 
 

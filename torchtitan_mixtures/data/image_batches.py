@@ -110,24 +110,42 @@ class Collator:
 class BrokenImageCounter:
     """Counts images and stops the run if too many are broken; see `SampleJudge`.
 
-    Each rank judges what it reads itself, from the start or the resumption of the run on.
+    Each image counts once, however many epochs there are. Each rank judges those that it found to
+    be broken, from the start or the resumption of the run on: among those that it has read, and
+    from the end of the first epoch on among all, which all ranks together have read by then.
+
+    Args:
+        config: The `[multimodal]` section.
+        split: Name of the split, for messages.
+        num_images: Images of an epoch, of all ranks together.
     """
 
-    def __init__(self, config: Multimodal, split: str) -> None:
+    def __init__(self, config: Multimodal, split: str, num_images: int) -> None:
         self._judge = SampleJudge(config, split)
         self._counts = self._judge.new_counts()
+        self._num_images = num_images
+        self._broken: set[str] = set()  # keys
 
     def add(self, batch: CollatedDraws) -> None:
         """Count the images of a batch."""
-        self._counts.seen += batch.num_read
         self._counts.good_in_epoch += batch.num_read
+        self._see(batch.num_read)
         for key, reason in batch.broken:
-            self._counts.seen += 1
-            self._judge.count_bad(self._counts, key, ValueError(reason))
+            if key not in self._broken:
+                self._broken.add(key)
+                self._see(1)
+                self._judge.count_bad(self._counts, key, ValueError(reason))
 
     def end_epoch(self) -> None:
         """Judge a whole epoch, however few images it has."""
+        if not self._counts.seen:  # a rank for which no image was left
+            return
+        self._counts.seen = self._num_images
         self._judge.end_epoch(self._counts)
+
+    def _see(self, count: int) -> None:
+        # Images that stand in for broken ones are read twice.
+        self._counts.seen = min(self._counts.seen + count, self._num_images)
 
 
 class TrainingImages(IterableDataset):
@@ -211,6 +229,8 @@ class ValidationImages(IterableDataset):
         self._samples_of_round = collator.batch_size * rank.count
         whole = -(-len(images) // self._samples_of_round)
         self.num_batches = whole if max_batches == -1 else min(whole, max_batches)
+        self.num_images = min(len(images), self.num_batches * self._samples_of_round)
+        """Images of a pass, of all ranks together."""
 
     def __iter__(self) -> Iterator[CollatedDraws]:
         """Ranks share the images of a round in turns, workers alternate in rounds."""

@@ -125,7 +125,7 @@ class ImageValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Begin a pass."""
-        counter = BrokenImageCounter(self._config, self._split)
+        counter = BrokenImageCounter(self._config, self._split, self._dataset.num_images)
         for batch in self._loader:
             counter.add(batch)
             yield batch.input_dict, batch.labels
@@ -152,7 +152,7 @@ def build_image_dataloader(
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
     return ImageDataLoader(
         TrainingImages(images, config, Share(dp_rank, dp_world_size), collator),
-        BrokenImageCounter(config, config.train_split),
+        BrokenImageCounter(config, config.train_split, len(images)),
         {**fingerprint, **images.fingerprint()},
         **worker_options(job_config, "training"),
     )

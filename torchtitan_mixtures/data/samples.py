@@ -60,7 +60,7 @@ class SampleJudge:
         """Count, log and judge a bad sample."""
         counts.bad += 1
         self._last_reason = str(error)
-        if len(counts.bad_keys) < _MAX_KEYS:
+        if len(counts.bad_keys) < _MAX_KEYS and key not in counts.bad_keys:
             counts.bad_keys.append(key)
         seen, bad = self._totals()
         if bad <= _MAX_LOGGED or bad % 100 == 0:
@@ -89,9 +89,9 @@ class SampleJudge:
         seen, bad = self._totals()
         keys = [key for counts in self._counts for key in counts.bad_keys][:_MAX_KEYS]
         return (
-            f'{bad} of {seen} samples ({bad / seen:.1%}) of split "{self._split}" are bad; '
-            f"multimodal.max_bad_fraction = {self._limit} allows {self._limit:.1%}. "
-            f"Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
+            f'{bad} of {seen} samples ({bad / seen:.2%}) of split "{self._split}" are bad; '
+            f"multimodal.max_bad_fraction = {self._limit} allows {int(self._limit * seen)} of so "
+            f"many. Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
             "Repair the data, or raise the limit."
         )
 

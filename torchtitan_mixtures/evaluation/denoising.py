@@ -16,8 +16,7 @@ from torchtitan.distributed import ParallelDims
 
 from torchtitan_mixtures.checkpoint_loading import LoadedModel
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
-from torchtitan_mixtures.data.emoji import SPLITS
-from torchtitan_mixtures.data.image_data import check_split
+from torchtitan_mixtures.data.image_data import check_split, list_splits
 from torchtitan_mixtures.data.image_loader import build_image_validation_dataloader
 from torchtitan_mixtures.objectives.denoising import build_denoising_loss
 from torchtitan_mixtures.objectives.levels import score_levels
@@ -28,18 +27,13 @@ def splits_of(loaded: LoadedModel, wanted: Sequence[str]) -> list[str]:
 
     Args:
         loaded: Its data are those of the run.
-        wanted: Their names; none for all: of a folder, those that the run trained and validated on.
+        wanted: Their names; none for all.
 
     Raises:
         ValueError: The data has no such split, or one of other classes than the model's.
     """
-    data = loaded.job_config.multimodal
-    known = [data.train_split, *data.validation_splits]
-    if data.source == "emoji":
-        # The concepts of `unseen_concept` are no classes of a model of concepts.
-        is_known = data.class_of == "group"
-        known = [split for split in SPLITS if is_known or split != "unseen_concept"]
-    chosen = list(dict.fromkeys(wanted or known))
+    # Not those that the run names: with validation off they may be of other data.
+    chosen = list(dict.fromkeys(wanted or list_splits(loaded.job_config)))
     for split in chosen:
         check_split(loaded.job_config, "--splits", split)
     return chosen

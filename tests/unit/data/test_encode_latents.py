@@ -144,6 +144,20 @@ def test_latents_of_another_kind_are_not_mixed_in(pictures, vae, tmp_path):
         encode(make_encoding(pictures, vae, tmp_path, flip=True), ignore)
 
 
+def test_latents_of_other_images_are_not_mixed_in(pictures, vae, tmp_path):
+    out = tmp_path / "out"
+    encode(make_encoding(pictures, vae, out), ignore)
+    for count, which in (((6, 2), "training"), ((5, 3), "val")):
+        other = tmp_path / which
+        for split, number in zip(("train", "val"), count, strict=True):
+            write_folder(other / split, count=number)
+        with pytest.raises(ValueError, match=f"was begun with other {which} images"):
+            encode(make_encoding(other, vae, out), ignore)
+    (out / "encoding.json").write_text("{")
+    with pytest.raises(ValueError, match=r"encoding\.json cannot be read; name a new folder"):
+        encode(make_encoding(pictures, vae, out), ignore)
+
+
 def test_broken_images_are_left_out_and_named_up_to_the_limit(vae, tmp_path):
     pictures = write_folder(tmp_path / "pictures" / "train", count=5).parent
     (pictures / "train" / "dog" / "bad.png").write_bytes(b"nothing")

@@ -246,9 +246,26 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     path = write_folder(tmp_path / "train", count=5).parent
     (path / "train" / "cat" / "2.png").write_bytes(b"")
     loader = build_image_dataloader(1, 0, None, folder_job(path, max_bad_fraction=0.05))
-    with pytest.raises(ValueError, match=r"of 1\d samples .*max_bad_fraction.*cat/2.png.*empty"):
+    message = r"1 of 10 samples \(10\.00%\) .*max_bad_fraction = 0\.05 allows 0 .*cat/2.png.*empty"
+    with pytest.raises(ValueError, match=message):
         list(itertools.islice(loader, 5))  # an epoch is over in the fourth
     assert MIN_SAMPLES > 15
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_broken_image_counts_once_in_all_epochs(tmp_path, ranks, caplog):
+    path = write_folder(tmp_path / "train", count=20).parent  # 40 images
+    broken = path / "train" / "cat" / "2.png"
+    broken.write_bytes(b"")
+    allowed = folder_job(path, max_bad_fraction=0.025)
+    for rank in range(ranks):
+        caplog.clear()
+        take(allowed, 80, rank, ranks)  # 240 samples or more
+        assert [str(broken) in record.message for record in caplog.records] == [True]
+    (path / "train" / "dog" / "4.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 40 samples \(5\.00%\).* 0\.025 allows 1 ") as error:
+        take(allowed, 80, 0, ranks)
+    assert all(str(error.value).count(f"{name}.png") == 1 for name in ("cat/2", "dog/4"))
 
 
 def test_no_readable_image_at_all_stops_the_run(tmp_path):
@@ -257,6 +274,14 @@ def test_no_readable_image_at_all_stops_the_run(tmp_path):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"images in a row cannot be read, the last of them .*png"):
         take(folder_job(path, max_bad_fraction=1.0), 1)
+
+
+def test_ranks_for_which_no_image_is_left_validate(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "val", count=1)
+    for rank in range(3):  # of two images
+        job = folder_job(tmp_path, local_batch_size=1)
+        assert len(list(build_image_validation_dataloader(3, rank, job, "val"))) == 1
 
 
 def test_a_broken_image_has_no_loss_in_validation(tmp_path):

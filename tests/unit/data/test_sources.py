@@ -274,7 +274,7 @@ def test_too_many_bad_samples_stop_the_run_at_the_limit(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"of \d+ samples \(.*%\) of split \"train\" are bad; "
-        r"multimodal\.max_bad_fraction = 0\.05 allows 5\.0%\. Among them: .*png",
+        r"multimodal\.max_bad_fraction = 0\.05 allows \d+ of so many\. Among them: .*png",
     ):
         take(build(path, max_bad_fraction=0.05), 10_000)
     taken = take(build(path, max_bad_fraction=0.2), 800)  # below the limit it goes on
@@ -284,7 +284,7 @@ def test_too_many_bad_samples_stop_the_run_at_the_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_small_data_is_judged_at_the_end_of_an_epoch(tmp_path: Path, streaming: bool) -> None:
     path = write_parquet(tmp_path / "data", rows(20, {3: b"x", 4: b"x"}))
-    with pytest.raises(ValueError, match=r"2 of 20 samples \(10\.0%\)"):
+    with pytest.raises(ValueError, match=r"2 of 20 samples \(10\.00%\)"):
         take(build(path, streaming=streaming, max_bad_fraction=0.05), 100)
     with pytest.raises(ValueError, match=r"2 of 20 samples"):
         take(build(path, is_endless=False, streaming=streaming, max_bad_fraction=0.05), 100)
@@ -294,7 +294,7 @@ def test_small_data_is_judged_at_the_end_of_an_epoch(tmp_path: Path, streaming: 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_all_bad_stops_whatever_the_limit(tmp_path: Path, streaming: bool) -> None:
     path = write_parquet(tmp_path / "data", rows(8, {i: b"x" for i in range(8)}))
-    with pytest.raises(ValueError, match=r"8 of 8 samples \(100\.0%\)"):
+    with pytest.raises(ValueError, match=r"8 of 8 samples \(100\.00%\)"):
         take(build(path, streaming=streaming, max_bad_fraction=1.0), 1)
 
 
@@ -322,7 +322,7 @@ def test_bad_samples_are_judged_over_all_shards_of_a_process(
 def test_all_bad_stops_however_many_shards(tmp_path: Path, streaming: bool) -> None:
     path = write_parquet(tmp_path / "data", rows(8, {i: b"x" for i in range(8)}), files=1)
     source = build(path, streaming=streaming, max_bad_fraction=1.0)
-    with pytest.raises(ValueError, match=r"8 of 8 samples \(100\.0%\)"):
+    with pytest.raises(ValueError, match=r"8 of 8 samples \(100\.00%\)"):
         next(iter(source.shards(range(4), 4)[2]))
 
 

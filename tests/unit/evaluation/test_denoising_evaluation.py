@@ -11,8 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.jobs import ROOT, debug_job
+from tests.unit.data.image_jobs import make_job, write_folder
 from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checkpoint_loading import load_model
+from torchtitan_mixtures.data import image_data
 from torchtitan_mixtures.evaluation.denoising import level_losses, splits_of, summarise
 from torchtitan_mixtures.models.mom.args import MoMModelArgs
 from torchtitan_mixtures.models.mom.model import MoM
@@ -129,6 +131,20 @@ def test_all_splits_that_have_the_models_classes_are_evaluated(run, tmp_path):
     assert splits_of(loaded, ["train", "train"]) == ["train"]
     loaded.job_config.multimodal.class_of = "concept"
     assert splits_of(loaded, []) == ["train", "unseen_style"]
+
+
+def test_all_splits_of_a_folder_are_those_that_it_has(tmp_path):
+    write_folder(tmp_path / "train", count=1)
+    write_folder(tmp_path / "val", count=1)
+    write_folder(tmp_path / "others", count=1, classes=("cow",))  # which the model does not know
+    job = make_job(source="folder", path=str(tmp_path), image_size=8)
+    assert job.multimodal.validation_splits == ["unseen_concept", "unseen_style"]  # validation off
+    assert splits_of(SimpleNamespace(job_config=job), []) == ["train", "val"]
+    job.multimodal.train_split = "val"
+    image_data._class_folders.cache_clear()
+    assert splits_of(SimpleNamespace(job_config=job), []) == ["val", "train"]
+    with pytest.raises(ValueError, match=r'--splits: split "others" .* has the class "cow"'):
+        splits_of(SimpleNamespace(job_config=job), ["others"])
 
 
 def test_a_split_that_is_not_there_is_said_in_one_line(run, command, capsys):
