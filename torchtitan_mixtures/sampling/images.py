@@ -25,6 +25,7 @@ from torchtitan_mixtures.sampling.denoise import (
     sample_ddpm,
     sample_euler,
 )
+from torchtitan_mixtures.sampling.settings import setting_name
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def check_image_settings(
         process: That of the model.
         args: The model's arguments.
         class_dropout: `objective.class_dropout` of its training.
-        prefix: Goes before the names in messages.
+        prefix: Goes before the names in messages, see `setting_name`.
 
     Raises:
         ValueError: Names the setting, its value and what is allowed.
@@ -66,13 +67,14 @@ def check_image_settings(
     steps = settings.num_steps
     if isinstance(process, DDPM) and steps > process.num_steps:
         raise ValueError(
-            f"{prefix}num_steps = {steps}: must be at most {process.num_steps}, the noise levels "
-            "of the model."
+            f"{setting_name(prefix, 'num_steps')} = {steps}: must be at most {process.num_steps}, "
+            "the noise levels of the model."
         )
     if not 0 <= settings.guided_channels <= args.in_channels:
+        name = setting_name(prefix, "guided_channels")
         raise ValueError(
-            f"{prefix}guided_channels = {settings.guided_channels}: must be from 0 (all) to "
-            f"{args.in_channels}, the channels of the model's images."
+            f"{name} = {settings.guided_channels}: must be from 0 (all) to {args.in_channels}, the "
+            "channels of the model's images."
         )
     if settings.guidance != 1 and class_dropout == 0:
         raise ValueError(

@@ -38,12 +38,17 @@ class SamplingSettings:
         check_values(self, "")
 
 
+def setting_name(prefix: str, key: str) -> str:
+    """What the user calls a setting; after the prefix `--` as an option is typed."""
+    return prefix + (key.replace("_", "-") if prefix == "--" else key)
+
+
 def check_values(values: Any, prefix: str) -> None:
     """Check the values of settings, or of a section with the same names.
 
     Args:
         values: Has the attributes of `SamplingSettings`.
-        prefix: Goes before the names in messages.
+        prefix: Goes before the names in messages, see `setting_name`.
 
     Raises:
         ValueError: Names the key, its value and what is allowed.
@@ -59,7 +64,8 @@ def check_values(values: Any, prefix: str) -> None:
     }
     for key, (holds, allowed) in rules.items():
         if not holds:
-            raise ValueError(f"{prefix}{key} = {getattr(values, key)}: must be {allowed}.")
+            name = setting_name(prefix, key)
+            raise ValueError(f"{name} = {getattr(values, key)}: must be {allowed}.")
 
 
 @dataclass
@@ -89,4 +95,5 @@ def check_denoising(values: Any, prefix: str) -> None:
     }
     for key, (holds, allowed) in rules.items():
         if not holds:
-            raise ValueError(f"{prefix}{key} = {getattr(values, key)}: must be {allowed}.")
+            name = setting_name(prefix, key)
+            raise ValueError(f"{name} = {getattr(values, key)}: must be {allowed}.")
