@@ -6,7 +6,7 @@ checkpoint folder of this project also holds a `config.json`:
     {"format": 1, "family": "mot", "flavor": "debugmodel",
      "model_args": {...}, "vocab_ranges": {"text": [0, 2048], ...},
      "parameters": {"tok_embeddings.weight": [3072, 256], ...}, "data_parallel_ranks": 1,
-     "data_shards": 48, "job_config": {...}}
+     "data_shards": 48, "weights_only": false, "job_config": {...}}
 """
 
 from __future__ import annotations
@@ -46,11 +46,20 @@ def write(
     job_config: JobConfig,
     model_args: BaseModelArgs,
     data_parallel_ranks: int = 1,
+    *,
+    weights_only: bool = False,
 ) -> None:
     """Write `config.json` into a checkpoint's folder, complete or not at all.
 
     A folder that holds a complete checkpoint already is about to be written over: until that is
     done it counts as incomplete, so that a kill in between leaves no mixture of the two.
+
+    Args:
+        folder: The checkpoint's.
+        job_config: That of the run.
+        model_args: The model's arguments, complete.
+        data_parallel_ranks: How many there are in the run.
+        weights_only: Whether the checkpoint has nothing beside the weights, for a run to go on.
     """
     family = job_config.model.name
     # Families without a vocabulary of tokens have none to record.
@@ -68,6 +77,7 @@ def write(
         "parameters": parameter_shapes(family, model_args),
         "data_parallel_ranks": data_parallel_ranks,
         "data_shards": num_shards,
+        "weights_only": weights_only,
         "job_config": job_config.to_dict(),
     }
     target = Path(folder) / FILE_NAME
@@ -163,13 +173,16 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
     norm in another place, say). What a family lists in `resumable_fields` of its arguments changes
     neither; a flavour that differs in nothing else may go on, and that is logged.
 
-    So is a job whose data-parallel ranks and data loader workers cannot share the checkpoint's
-    shards of the data (a `multimodal.shards` of 0 becomes the checkpoint's number), and one whose
-    per-tower keys do not go with the checkpoint's optimizer state.
+    So is, for models of images, a job of another diffusion process or VAE, unless it takes the
+    weights alone; then that is logged.
+
+    So is a job that would go on from weights alone; one whose data-parallel ranks and data loader
+    workers cannot share the checkpoint's shards of the data (a `multimodal.shards` of 0 becomes the
+    checkpoint's number); and one whose per-tower keys or average do not go with the checkpoint.
 
     Raises:
         ValueError: Names the checkpoint, both flavours and the first thing that differs; or the
-            keys that decide about the readers, or a per-tower key.
+            key that does not go with the checkpoint, and the remedy.
     """
     if not job_config.checkpoint.enable:
         return
@@ -181,14 +194,18 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
     saved = read(path)
     ours = f"{job_config.model.name}/{job_config.model.flavor}"
     theirs = f"{saved['family']}/{saved['flavor']}"
+    if job_config.model.name == saved["family"] and not _has_token_data(model_args):
+        _check_process(job_config, path, saved, model_args)
     shapes = parameter_shapes(job_config.model.name, model_args)
+    decides = "the tokenizers" if _has_token_data(model_args) else "[multimodal]"
     names = [*shapes, *(name for name in saved["parameters"] if name not in shapes)]
     for name in names:
         if shapes.get(name) != saved["parameters"].get(name):
             raise ValueError(
                 f"{path} is a checkpoint of {theirs}, this job is {ours}: {name} is "
                 f"{saved['parameters'].get(name, 'absent')} there and "
-                f"{shapes.get(name, 'absent')} here. {_remedy(path, saved, model_args)}"
+                f"{shapes.get(name, 'absent')} here. "
+                f"{_remedy(job_config, path, saved, model_args, decides)}"
             )
     fields = json.loads(json.dumps(dataclasses.asdict(model_args)))
     for name in sorted(fields.keys() - getattr(model_args, "resumable_fields", set())):
@@ -196,10 +213,10 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
             raise ValueError(
                 f"{path} is a checkpoint of {theirs}, this job is {ours}: {name} was "
                 f"{saved['model_args'][name]!r} there and is {fields[name]!r} here, which makes it "
-                "another model. Set model.flavor and [mixture] as they were, or another "
-                "job.dump_folder."
+                f"another model. {_remedy(job_config, path, saved, model_args, '[mixture]')}"
             )
     if not _is_model_only(job_config, path):
+        _check_whole(job_config, path, saved)
         if _has_token_data(model_args):
             _check_data(job_config, path, saved)
         _check_tower_keys(job_config, path, saved)
@@ -208,25 +225,107 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
         logger.warning(f"Loading {path}, a checkpoint of {theirs}, into {ours}: same parameters.")
 
 
-def _remedy(path: Path, saved: dict[str, Any], model_args: BaseModelArgs) -> str:
-    """Say how a job and a checkpoint of other shapes could be brought together."""
-    if _has_token_data(model_args):
-        return "Set model.flavor and the tokenizers as they were, or another job.dump_folder."
-    sizes = saved["model_args"].get("image_size"), getattr(model_args, "image_size", None)
-    if sizes[0] == sizes[1]:
-        return "Set model.flavor and [multimodal] as they were, or another job.dump_folder."
-    return (
-        f"Its images were of multimodal.image_size = {sizes[0]}, not {sizes[1]}: set it as it was, "
-        f"or start from `python scripts/convert.py resize --checkpoint {path} "
-        f"--image-size {sizes[1]} --out DIR` (checkpoint.initial_load_path)."
+def _remedy(
+    job_config: JobConfig,
+    path: Path,
+    saved: dict[str, Any],
+    model_args: BaseModelArgs,
+    others: str,
+) -> str:
+    """Say how a job and the checkpoint of another model could be brought together.
+
+    Args:
+        job_config: The job.
+        path: The checkpoint.
+        saved: Its `config.json`.
+        model_args: The job's model.
+        others: What decides beside `model.flavor`, where neither the size of images nor the
+            channels of the output differ.
+    """
+    now, before = vars(model_args), saved["model_args"]
+    differing = {key for key in now if key in before and before[key] != now[key]}
+    is_own = _is_own(job_config, path)
+    if "learned_variance" in differing:
+        others = "[objective] (kind, learned_variance)"
+    elif "image_size" in differing:
+        elsewhere = "checkpoint.initial_load_path" + ", with another job.dump_folder" * is_own
+        return (
+            f"Its images were of multimodal.image_size = {before['image_size']}, not "
+            f"{now['image_size']}: set it as it was, or start from `python scripts/convert.py "
+            f"resize --checkpoint {path} --image-size {now['image_size']} --out DIR` ({elsewhere})."
+        )
+    other = "job.dump_folder" if is_own else "checkpoint.initial_load_path"
+    return f"Set model.flavor and {others} as they were, or another {other}."
+
+
+def _learned_with(job_config: dict[str, Any]) -> dict[str, Any]:
+    """What gives the weights of a model of images their meaning: key of the TOML -> value."""
+    objective, data = job_config.get("objective", {}), job_config.get("multimodal", {})
+    keys = ["kind"]
+    if objective.get("kind") == "ddpm":
+        keys += ["noise_steps", "noise_schedule", "learned_variance"]
+    found = {f"objective.{key}": objective[key] for key in keys if key in objective}
+    return {**found, "multimodal.vae": data.get("vae", "")}
+
+
+def _check_process(
+    job_config: MixtureJobConfig, path: Path, saved: dict[str, Any], model_args: BaseModelArgs
+) -> None:
+    """Refuse to go on with what was learned of another process, or of another VAE's latents.
+
+    Weights alone may be where another process begins; a warning says so then.
+    """
+    before, now = _learned_with(saved["job_config"]), _learned_with(job_config.to_dict())
+    differing = [key for key in now if key in before and before[key] != now[key]]
+    if not differing:
+        return
+    if _is_model_only(job_config, path):
+        found = ", ".join(f"{key} = {now[key]!r} (was {before[key]!r})" for key in differing)
+        logger.warning(f"The weights of {path} were trained with other settings: {found}.")
+        return
+    remedy = "another job.dump_folder"
+    if not _is_own(job_config, path):
+        remedy = "take its weights alone, checkpoint.initial_load_model_only = true"
+    elif saved["model_args"].get("learned_variance") == vars(model_args).get("learned_variance"):
+        remedy += f', begun with its weights (checkpoint.initial_load_path = "{path}")'
+    key = differing[0]
+    raise ValueError(
+        f"{key} = {now[key]!r}: it was {before[key]!r} in {path}, which would go on as something "
+        f"else. Set it as it was, or {remedy}."
     )
+
+
+def _check_whole(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that has nothing but weights."""
+    states = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
+    if job_config.ema.decay > 0:
+        states.add("ema")
+    missing = states - set(job_config.checkpoint.exclude_from_loading)
+    if not missing or not saved.get("weights_only", False):
+        return
+    if not _is_own(job_config, path):
+        raise ValueError(
+            f"checkpoint.initial_load_model_only = false: {path} has nothing but weights; set it "
+            "to true."
+        )
+    raise ValueError(
+        f"{path} has nothing but weights, as checkpoint.last_save_model_only = true asked for: the "
+        "run is complete and cannot go on from it. Begin another one with its weights "
+        f'(another job.dump_folder, checkpoint.initial_load_path = "{path}"), or go on from an '
+        "earlier checkpoint (checkpoint.load_step), with last_save_model_only = false."
+    )
+
+
+def _is_own(job_config: JobConfig, path: Path) -> bool:
+    """Say whether a checkpoint is in the job's own folder, and not one that it begins with."""
+    return path.parent == Path(job_config.job.dump_folder) / job_config.checkpoint.folder
 
 
 def _is_model_only(job_config: JobConfig, path: Path) -> bool:
     """Say whether TorchTitan will take nothing but the weights from a checkpoint."""
-    config = job_config.checkpoint
-    in_own_folder = path.parent == Path(job_config.job.dump_folder) / config.folder
-    return path.name == "step-0" if in_own_folder else config.initial_load_model_only
+    if _is_own(job_config, path):
+        return path.name == "step-0"
+    return job_config.checkpoint.initial_load_model_only
 
 
 def _check_average(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import checkpoint_config, device, layout_checks
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
@@ -25,6 +27,7 @@ from torchtitan_mixtures.data import emoji_source, image_data, loader
 from torchtitan_mixtures.float8 import check_converters
 from torchtitan_mixtures.job_config import Mixture, MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
+from torchtitan_mixtures.models.common.grouped_mm import is_aligned
 from torchtitan_mixtures.objectives.denoising import build_process
 from torchtitan_mixtures.sampling.during_training import check_sampling
 from torchtitan_mixtures.towers import check_towers, warn_of_empty_modalities
@@ -91,6 +94,8 @@ def check_job(job_config: MixtureJobConfig) -> None:
     layout_checks.check_layout(job_config, model_args)
     check_towers(job_config, model_args)
     warn_of_empty_modalities(job_config, model_args)
+    warn_of_unaligned_widths(job_config, model_args)
+    _check_last_checkpoint(job_config)
     _check_compile(job_config)
     check_converters(job_config, model_args)
     check_sampling(job_config, model_args)
@@ -207,6 +212,7 @@ def _check_image_data(job_config: MixtureJobConfig) -> None:
     keys = ("dispatch", "untie", "tower_of_modality", "context_parallel")
     _refuse_mixture(job_config, keys, "towers of modalities")
     image_data.check_splits(job_config)
+    image_data.warn_of_thumbnails(job_config)
     build_process(job_config.objective, image_data.image_spec(job_config).channels)
 
 
@@ -253,6 +259,32 @@ def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
         raise ValueError(
             f"multimodal.image_weight = {data.image_weight}: this flavour lets image positions "
             "see later ones of their image, which would show them their own targets; set it to 0."
+        )
+
+
+def warn_of_unaligned_widths(job_config: JobConfig, model_args: Any) -> None:
+    """Warn of mixers that an accelerator cannot compute by grouped matrix products."""
+    parallel = job_config.parallelism.tensor_parallel_degree
+    widths = getattr(model_args, "mixer_widths", lambda parallel: {})(parallel)
+    name = job_config.training.mixed_precision_param
+    dtype: torch.dtype = getattr(torch, name)
+    wrong = [f"{n} {what}" for what, n in widths.items() if not is_aligned(n, dtype)]
+    if wrong and device.has_accelerator():
+        logger.warning(
+            f"model.flavor = {job_config.model.flavor!r} with multimodal.image_size = "
+            f"{model_args.image_size} has {' and '.join(wrong)}, not multiples of "
+            f"{16 // dtype.itemsize} as grouped matrix products in {name} need: its mixers are "
+            "computed one by one, and each layer waits for the device. Another image_size or "
+            "flavour is faster."
+        )
+
+
+def _check_last_checkpoint(job_config: MixtureJobConfig) -> None:
+    config, decay = job_config.checkpoint, job_config.ema.decay
+    if config.enable and not config.load_only and config.last_save_model_only and decay > 0:
+        raise ValueError(
+            "checkpoint.last_save_model_only = true: the last checkpoint would be without the "
+            f"average of ema.decay = {decay}; set it to false."
         )
 
 

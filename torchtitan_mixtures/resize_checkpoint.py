@@ -52,7 +52,7 @@ def resize_checkpoint(source: Path, image_size: int, out: Path, *, averaged: boo
     job_config = copy.deepcopy(loaded.job_config)
     job_config.multimodal.image_size = image_size
     job_config.ema.decay = 0.0  # it has no average of its own
-    checkpoint_config.write(out, job_config, args)
+    checkpoint_config.write(out, job_config, args, weights_only=True)
     with warnings.catch_warnings():
         # One process is what is meant; DCP finds that worth a warning.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

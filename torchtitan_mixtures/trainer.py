@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,7 @@ class MixtureTrainer(Trainer):
         self.processor = cast(MixtureMetricsProcessor, self.metrics_processor)
         self.processor.loss_meter = self.loss_meter
         self.processor.further_scalars = getattr(self.loss_fn, "scalars", dict)
+        self.processor.picture_folder = Path(job_config.job.dump_folder)
         self.processor.measure_updates()
         self.ema = None
         if job_config.ema.decay > 0:
@@ -119,7 +121,8 @@ class MixtureTrainer(Trainer):
             self.ema.update()
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
-            self._write_config(self.step)
+            weights_only = last and self.job_config.checkpoint.last_save_model_only
+            self._write_config(self.step, weights_only)
         if self.sampler is not None and self.sampler.is_due(self.step):
             averaged = nullcontext() if self.ema is None else self.ema.swapped()
             with averaged, self.maybe_enable_amp:
@@ -159,15 +162,21 @@ class MixtureTrainer(Trainer):
                 "checkpoint.create_seed_checkpoint = true: needs one process (NGPU=1) and "
                 "checkpoint.enable = true."
             )
-        self._write_config(0)
+        self._write_config(0, self.job_config.checkpoint.last_save_model_only)
         self.checkpointer.save(curr_step=0, last_step=True)
         logger.info("Created seed checkpoint")
 
-    def _write_config(self, step: int) -> None:
+    def _write_config(self, step: int, weights_only: bool) -> None:
         """Put `config.json` where TorchTitan is about to write the checkpoint of this step.
 
         Written first, so that a folder TorchTitan recognises as a complete checkpoint has it.
         """
         if torch.distributed.get_rank() == 0:
             folder = self.checkpointer._create_checkpoint_id(step)
-            checkpoint_config.write(folder, self.job_config, self.model_args, self._data_ranks)
+            checkpoint_config.write(
+                folder,
+                self.job_config,
+                self.model_args,
+                self._data_ranks,
+                weights_only=weights_only,
+            )

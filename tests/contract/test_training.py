@@ -10,6 +10,8 @@ import torch
 from tests.gang import run_ranks
 from tests.jobs import debug_job
 from tests.runs import QUICK, train
+from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.models import FAMILIES
 
 LOWER = {"mot": (1.5, 0.3), "mom": (0.5, 0.1)}
@@ -40,6 +42,21 @@ def test_an_average_is_resumed_bit_for_bit(family, tmp_path):
     (_,) = run_ranks(train, 1, family, *common, twice, "--training.steps=2", init=False)
     (second,) = run_ranks(train, 1, family, *common, twice, "--training.steps=4", init=False)
     assert second["averages"] == whole["averages"] != whole["weights"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_kept_its_weights_alone_is_not_gone_on_with(family, tmp_path):
+    common = ("--metrics.no_enable_tensorboard", "--validation.no_enable", "--ema.decay=0",
+              "--checkpoint.interval=1", "--checkpoint.last_save_model_only",
+              "--lr_scheduler.warmup_steps=1", f"--job.dump_folder={tmp_path}")  # fmt: skip
+    run_ranks(train, 1, family, *common, "--training.steps=2", init=False)
+    whole, last = (checkpoint_config.read(tmp_path / f"checkpoint/step-{n}") for n in (1, 2))
+    assert (whole["weights_only"], last["weights_only"]) == (False, True)
+    job = debug_job(family, *common, "--training.steps=4")
+    with pytest.raises(ValueError, match="step-2 has nothing but weights"):
+        check_job(job)
+    job.checkpoint.load_step = 1
+    check_job(job)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

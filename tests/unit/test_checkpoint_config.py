@@ -198,3 +198,131 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, content, message):
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ValueError, match=message):
         check(tmp_path)
+
+
+# --- models of images -----------------------------------------------------------------------------
+
+
+def images_job(run, *overrides):
+    job = debug_job("mom", "--ema.decay=0", f"--job.dump_folder={run}", *overrides)
+    args = get_train_spec("mom").model_args[job.model.flavor]
+    args.update_from_config(job)
+    return job, args
+
+
+def make_images_checkpoint(run, *overrides, **options):
+    job, args = images_job(run, *overrides)
+    folder = run / "checkpoint" / "step-3"
+    checkpoint_config.write(folder, job, args, **options)
+    (folder / ".metadata").touch()
+    return folder
+
+
+def check_images(run, *overrides):
+    checkpoint_config.check_resume(*images_job(run, *overrides))
+
+
+FIXED = "--objective.no_learned_variance"
+FLOW = "--objective.kind=flow"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (FIXED, FLOW, r"objective\.kind = 'flow': it was 'ddpm' in .*step-3.*initial_load_path = "),
+        ("", FLOW, r"objective\.kind = 'flow': .* as it was, or another job\.dump_folder\.$"),
+        (FLOW, FIXED, r"objective\.kind = 'ddpm': it was 'flow'"),
+        ("", FIXED, r"objective\.learned_variance = False: it was True"),
+        ("", "--objective.noise_steps=500", r"objective\.noise_steps = 500: it was 1000"),
+        ("--objective.noise_schedule=squared_cosine", "", r"noise_schedule = 'linear': it was 'sq"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_process(tmp_path, before, now, message):
+    make_images_checkpoint(tmp_path, *filter(None, [before]))
+    check_images(tmp_path, *filter(None, [before]))
+    with pytest.raises(ValueError, match=message):
+        check_images(tmp_path, *filter(None, [now]))
+
+
+def test_a_run_does_not_go_on_with_another_vae(tmp_path):
+    folder = make_images_checkpoint(tmp_path)
+    content = checkpoint_config.read(folder)
+    content["job_config"]["multimodal"]["vae"] = "vae-of-then"
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"multimodal\.vae = '': it was 'vae-of-then' in .*step-3"):
+        check_images(tmp_path)
+
+
+def test_what_does_not_change_the_process_may_differ(tmp_path):
+    make_images_checkpoint(tmp_path, FLOW)
+    check_images(
+        tmp_path, FLOW, "--objective.time_density=logit_normal", "--objective.time_shift=3",
+        "--objective.class_dropout=0.2", "--objective.balance_weight=0", "--objective.z_weight=1",
+        "--objective.noise_steps=10",
+    )  # fmt: skip
+
+
+def test_weights_alone_may_begin_another_process_with_a_warning(tmp_path, caplog):
+    load = f"--checkpoint.initial_load_path={make_images_checkpoint(tmp_path / 'old', FIXED)}"
+    check_images(tmp_path / "new", load, FIXED)
+    check_images(tmp_path / "new", load, FIXED, "--objective.noise_steps=10")
+    check_images(tmp_path / "new", load, FLOW)
+    messages = [record.message for record in caplog.records]
+    first, second = (message for message in messages if message.startswith("The weights of"))
+    assert "trained with other settings: objective.noise_steps = 10 (was 1000)." in first
+    assert "objective.kind = 'flow' (was 'ddpm')." in second
+    with pytest.raises(ValueError, match=r"kind = 'flow'.*initial_load_model_only = true\.$"):
+        check_images(tmp_path / "new", load, FLOW, "--checkpoint.no_initial_load_model_only")
+    with pytest.raises(
+        ValueError, match=r"final_layer.*Set model\.flavor and \[objective\] \(kind, learned_varia"
+    ):
+        check_images(tmp_path / "new", load)
+
+
+@pytest.mark.parametrize("flavor", ["debugmodel", "debugmodel_dit"])
+def test_images_of_another_size_are_answered_with_how_to_resize(tmp_path, flavor):
+    options = (f"--model.flavor={flavor}", "--multimodal.image_size=64")
+    folder = make_images_checkpoint(tmp_path / "old", options[0])
+    resize = rf"multimodal\.image_size = 32, not 64: .*convert\.py resize --checkpoint {folder} "
+    with pytest.raises(ValueError, match=f"{resize}.*, with another job.dump_folder"):
+        check_images(tmp_path / "old", *options)
+    with pytest.raises(ValueError, match=rf"{resize}.* \(checkpoint\.initial_load_path\)\.$"):
+        check_images(tmp_path / "new", *options, f"--checkpoint.initial_load_path={folder}")
+    with pytest.raises(
+        ValueError, match=r"top_k was 2 .*Set model\.flavor and \[mixture\] as they"
+    ):
+        make_images_checkpoint(tmp_path / "old")
+        check_images(tmp_path / "old", "--mixture.top_k=3")
+
+
+# --- weights only ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_run_does_not_go_on_from_weights_alone(tmp_path, decay):
+    ema = f"--ema.decay={decay}"
+    folder = make_images_checkpoint(tmp_path / "old", ema, weights_only=True)
+    assert checkpoint_config.read(folder)["weights_only"]
+    with pytest.raises(
+        ValueError, match=r"step-3 has nothing but weights, as .*checkpoint\.load_s"
+    ):
+        check_images(tmp_path / "old", ema)
+    load = f"--checkpoint.initial_load_path={folder}"
+    check_images(tmp_path / "new", load, ema)
+    afresh = "--checkpoint.exclude_from_loading=optimizer,lr_scheduler,dataloader,train_state"
+    check_images(tmp_path / "old", f"{afresh},ema", ema)
+    message = r"initial_load_model_only = false: .* has nothing but weights; set it to true"
+    with pytest.raises(ValueError, match=message):
+        check_images(tmp_path / "new", load, ema, "--checkpoint.no_initial_load_model_only")
+    if decay:
+        with pytest.raises(ValueError, match="has nothing but weights"):
+            check_images(tmp_path / "old", afresh, ema)
+
+
+def test_tokens_do_not_go_on_from_weights_alone_either(tmp_path):
+    folder, job, args = make_checkpoint(tmp_path)
+    assert not checkpoint_config.read(folder)["weights_only"]
+    checkpoint_config.write(folder, job, args, weights_only=True)
+    (folder / ".metadata").touch()
+    with pytest.raises(ValueError, match="has nothing but weights"):
+        check(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from traceback import StackSummary
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
+from torchtitan_mixtures import device
 from torchtitan_mixtures.checks import (
     check_arguments,
     check_job,
     require_checked,
+    warn_of_unaligned_widths,
 )
 from torchtitan_mixtures.job_config import Mixture, Multimodal
 from torchtitan_mixtures.user_errors import one_message, user_error
@@ -123,6 +127,43 @@ def test_a_missing_toml_and_no_toml_are_refused(tmp_path):
 def test_a_job_that_cannot_work_is_refused(overrides, message, tmp_path):
     with pytest.raises((ValueError, KeyError), match=message):
         check_job(debug_job("mot", f"--job.dump_folder={tmp_path}", *overrides))
+
+
+@pytest.mark.parametrize("family", ["mot", "mom"])
+def test_an_average_that_the_last_checkpoint_would_lack_is_refused(family, tmp_path):
+    options = (f"--job.dump_folder={tmp_path}", "--checkpoint.last_save_model_only")
+    job = debug_job(family, *options, "--ema.decay=0.5")
+    message = r"last_save_model_only = true: .* ema\.decay = 0\.5; set it to false"
+    with pytest.raises(ValueError, match=message):
+        check_job(job)
+    check_job(debug_job(family, *options, "--ema.decay=0"))
+    check_job(debug_job(family, *options, "--ema.decay=0.5", "--checkpoint.no_enable"))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "options", "message"),
+    [
+        (32, [], ""),
+        (12, ["--model.flavor=debugmodel_dit"], ""),
+        (12, [], r"image_size = 12 has 9 tokens, not multiples of 4 as .* in float32"),
+        (20, [], r"image_size = 20 has 25 tokens, not"),
+        (24, [], ""),
+        (24, ["--training.mixed_precision_param=bfloat16"], r"36 tokens, not multiples of 8 as"),
+        (32, ["--parallelism.tensor_parallel_degree=256"], r"has 2 hidden units of a channel mix"),
+    ],
+)
+def test_mixers_that_an_accelerator_computes_slowly_are_warned_of(
+    image_size, options, message, monkeypatch, caplog
+):
+    job = debug_job("mom", *options)
+    args = get_train_spec("mom").model_args[job.model.flavor]
+    args.image_size = image_size
+    caplog.clear()
+    for has_accelerator in (False, True):
+        monkeypatch.setattr(device, "has_accelerator", [has_accelerator].pop)
+        warn_of_unaligned_widths(job, args)
+        assert len(caplog.records) == (has_accelerator and message != "")
+    assert not message or re.search(message, caplog.records[0].message)
 
 
 def test_values_of_our_sections_are_checked_on_their_own():

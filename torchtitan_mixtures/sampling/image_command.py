@@ -66,6 +66,8 @@ def _run_in(folder: Path, options: argparse.Namespace) -> None:
     device = choose_device()
     loaded = load_model(options.checkpoint, device, averaged=not options.no_ema)
     config, args = loaded.job_config, loaded.model_args
+    if config.ema.decay > 0 and not loaded.is_averaged and not options.no_ema:
+        say(f"{loaded.path} has no average (ema.decay = {config.ema.decay}): drawn from weights.")
     process = build_process(config.objective, args.in_channels)
     settings = check_image_settings(options, process, args, config.objective.class_dropout, "--")
     vae_folder = options.vae or config.multimodal.vae or config.sampling.vae

@@ -107,6 +107,18 @@ def test_the_average_is_drawn_from_unless_told_otherwise(checkpoint, tmp_path):
     assert not sample(checkpoint, tmp_path / "raw", "--no-ema")["averaged"]
 
 
+def test_an_average_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
+    options = ("--class-labels", "1", "--num-samples", "1")
+    without = save(tmp_path / "run", make_model())
+    assert not sample(without, tmp_path / "out", *options)["averaged"]
+    said = capsys.readouterr().out
+    assert "step-7 has no average (ema.decay = 0.5): drawn from weights.\n" in said
+    sample(without, tmp_path / "no_ema", *options, "--no-ema")
+    never = save(tmp_path / "never", make_model(), "--ema.decay=0")
+    sample(never, tmp_path / "other", *options)
+    assert "has no average" not in capsys.readouterr().out
+
+
 WRONG = [
     (("--class-labels", "8"), "--class-labels 8: must be from 0 to 7."),
     (("--class-labels", "-1"), "--class-labels -1: must be from 0 to 7."),

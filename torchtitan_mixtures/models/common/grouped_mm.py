@@ -15,8 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 
+def is_aligned(width: int, dtype: torch.dtype) -> bool:
+    """Say whether rows of so many elements are a multiple of 16 bytes; if not, a loop is used."""
+    return width * dtype.itemsize % 16 == 0
+
+
 def _is_supported(*widths: int, dtype: torch.dtype) -> bool:
-    aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
+    aligned = all(is_aligned(width, dtype) for width in widths)
     return aligned and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

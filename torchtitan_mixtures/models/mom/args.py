@@ -77,6 +77,17 @@ class MoMModelArgs(BaseModelArgs):
         """Hidden units of a channel mixer."""
         return round(self.channel_ratio * self.dim)
 
+    def mixer_widths(self, tensor_parallel: int = 1) -> dict[str, int]:
+        """What a matrix of a mixer has as rows or columns on a rank: description -> number."""
+        widths = {}
+        if self.mixer == "pool" and self.num_token_experts:
+            widths["tokens"] = self.num_tokens
+            widths["hidden units of a token mixer"] = self.token_hidden_dim
+        if self.mixer == "pool" and self.num_channel_experts:
+            hidden = self.channel_hidden_dim // tensor_parallel
+            widths |= {"channels": self.dim, "hidden units of a channel mixer": hidden}
+        return widths
+
     @property
     def picks(self) -> Picks:
         """Of which kind the chosen experts are."""
@@ -246,10 +257,14 @@ class MoMModelArgs(BaseModelArgs):
             allowed = f"0 to num_{kind}_experts = {experts}"
             _require(0 <= getattr(self, name) <= experts, name, getattr(self, name), allowed)
         experts = self.num_token_experts + self.num_channel_experts
-        _require(0 < self.top_k <= experts, "top_k", self.top_k, f"1 to {experts}, the experts")
+        allowed = f"1 to {experts}, the experts of the flavour"
+        _require(0 < self.top_k <= experts, "mixture.top_k", self.top_k, allowed)
         minimum = self.min_token_experts + self.min_channel_experts
-        allowed = f"at least min_token_experts + min_channel_experts = {minimum}"
-        _require(minimum <= self.top_k, "top_k", self.top_k, allowed)
+        allowed = (
+            f"at least {minimum}, of which {self.min_token_experts} mix tokens and "
+            f'{self.min_channel_experts} channels; less with mixture.routing = "free"'
+        )
+        _require(minimum <= self.top_k, "mixture.top_k", self.top_k, allowed)
         for kind, picks in (("token", self.picks.token), ("channel", self.picks.channel)):
             name = f"num_{kind}_experts"
             is_used = getattr(self, name) == 0 or picks + self.picks.free > 0

@@ -143,10 +143,10 @@ def test_cost_of_free_choices_is_that_of_even_ones(fields, expected):
         ({"min_token_experts": -1}, "min_token_experts"),
         ({"min_token_experts": 5}, "min_token_experts"),
         ({"num_channel_experts": 0}, "min_channel_experts"),
-        ({"top_k": 9}, "top_k"),
-        ({"top_k": 1}, "top_k"),
-        ({"top_k": 0, "min_token_experts": 0, "min_channel_experts": 0}, "top_k"),
-        ({"min_token_experts": 2, "min_channel_experts": 1}, "top_k"),
+        ({"top_k": 9}, "mixture.top_k"),
+        ({"top_k": 1}, "mixture.top_k"),
+        ({"top_k": 0, "min_token_experts": 0, "min_channel_experts": 0}, "mixture.top_k"),
+        ({"min_token_experts": 2, "min_channel_experts": 1}, "mixture.top_k"),
         ({"min_token_experts": 2, "min_channel_experts": 0}, "num_channel_experts"),
         ({"token_ratio": 0.0}, "token_ratio"),
         ({"channel_ratio": -1.0}, "channel_ratio"),
@@ -215,6 +215,15 @@ def test_attention_has_no_routing_to_set(data, field):
     (name,) = field
     with pytest.raises(ValueError, match=f"mixture.{name} = "):
         mom_args["debugmodel_dit"].update_from_config(job_config(**field))
+
+
+def test_a_number_of_chosen_experts_that_cannot_be_is_refused_with_its_remedy(data):
+    message = r'^mixture\.top_k = 1 is .* at least 2, .* less with mixture\.routing = "free"$'
+    with pytest.raises(ValueError, match=message):
+        mom_args["debugmodel"].update_from_config(job_config(top_k=1))
+    mom_args["debugmodel"].update_from_config(job_config(top_k=1, routing="free"))
+    with pytest.raises(ValueError, match=r"^mixture\.top_k = 9 is .*: 1 to 8, the experts of the"):
+        mom_args["debugmodel"].update_from_config(job_config(top_k=9))
 
 
 def test_images_that_the_patch_does_not_divide_are_refused(data):
