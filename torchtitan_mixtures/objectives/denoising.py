@@ -150,7 +150,8 @@ class DenoisingLoss:
             As TorchTitan's `post_dataloading_process`: inputs, targets, further inputs of `forward`
             and nothing else. Under context parallelism targets are this rank's part.
         """
-        samples = input_dict["sample_index"].cpu()
+        samples = input_dict["sample_index"].cpu()  # the one read of a microbatch by the host
+        input_dict = {**input_dict, "sample_index": samples}
         device = input_dict["input"].device
         seed = self._seed if level is None else VALIDATION_SEED
         purpose = "training" if level is None else f"validation level {level}"
