@@ -95,3 +95,16 @@ def check_table(config_class: type, table: dict[str, Any], prefix: str = "") -> 
             check_table(expected, value, f"{path}.")
         else:
             check_value(path, value, expected)
+
+
+def check_rules(section: str, values: Any, rules: dict[str, tuple[bool, str]]) -> None:
+    """Raise ValueError for the first key whose rule does not hold.
+
+    Args:
+        section: Name of the section.
+        values: The section.
+        rules: Key -> whether its value is allowed, and what is.
+    """
+    for key, (holds, allowed) in rules.items():
+        if not holds:
+            raise ValueError(f"{section}.{key} = {getattr(values, key)}: must be {allowed}.")

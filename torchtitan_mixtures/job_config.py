@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 from torchtitan.config import JobConfig as HostJobConfig
 from tyro.constructors import PrimitiveConstructorSpec
 
-from torchtitan_mixtures.config_values import check_section
+from torchtitan_mixtures.classifier_config import Classification, Nested
+from torchtitan_mixtures.config_values import check_rules, check_section
 from torchtitan_mixtures.sampling.settings import (
     DenoisingSettings,
     SamplingSettings,
@@ -291,9 +292,7 @@ class Objective:
             "z_weight": (0 <= self.z_weight < math.inf, "a finite number >= 0"),
             "validation_levels": (self.validation_levels >= 1, "1 or more"),
         }
-        for key, (holds, allowed) in rules.items():
-            if not holds:
-                raise ValueError(f"objective.{key} = {getattr(self, key)}: must be {allowed}.")
+        check_rules("objective", self, rules)
 
 
 @dataclass
@@ -355,6 +354,8 @@ class JobConfig:
     multimodal: Multimodal = field(default_factory=Multimodal)
     mixture: Mixture = field(default_factory=Mixture)
     objective: Objective = field(default_factory=Objective)
+    classification: Classification = field(default_factory=Classification)
+    nested: Nested = field(default_factory=Nested)
     ema: EMA = field(default_factory=EMA)
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -365,5 +366,7 @@ class MixtureJobConfig(HostJobConfig):
     multimodal: Multimodal
     mixture: Mixture
     objective: Objective
+    classification: Classification
+    nested: Nested
     ema: EMA
     sampling: Sampling

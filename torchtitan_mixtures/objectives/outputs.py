@@ -1,4 +1,4 @@
-"""What denoising models return and their losses take."""
+"""What models of images return and their losses take."""
 
 from __future__ import annotations
 
@@ -34,3 +34,31 @@ class DenoiserOutput(NamedTuple):
 
     prediction: Tensor
     router: RouterStatistics | None = None
+
+
+class NestedStatistics(NamedTuple):
+    """How the routers of a nested model decided about one batch; of this rank's tokens, detached.
+
+    Attributes:
+        load: Share of the tokens that each expert got, `(routers, experts)` float32; rows sum to 1
+            unless tokens skip blocks.
+        probabilities: Mean over tokens of each expert's probability, `(routers, experts)` float32.
+        entropy: Mean over tokens of the entropy of the probabilities, in nats, `(routers,)`
+            float32.
+    """
+
+    load: Tensor
+    probabilities: Tensor
+    entropy: Tensor
+
+
+class ClassifierOutput(NamedTuple):
+    """What a classifier of images returns.
+
+    Attributes:
+        logits: `(batch, classes)`.
+        router: Statistics of its routers; None if it has none.
+    """
+
+    logits: Tensor
+    router: NestedStatistics | None = None
