@@ -58,6 +58,7 @@ def checkpoint_blocks(
     saved_ops: Collection[Any],
     products: Mapping[str, int] | None,
     *,
+    product_ops: Collection[Any] = (),
     compiled: bool,
     base_folder: str,
 ) -> None:
@@ -69,10 +70,12 @@ def checkpoint_blocks(
         saved_ops: What is saved under `selective_ac_option = "op"`.
         products: The projections of a block in the order of their calls: path in the block ->
             number of matrix products. None: TorchTitan's own policy.
+        product_ops: Further operators that compute them, beside `MATRIX_PRODUCTS`.
         compiled: Whether the blocks will be compiled.
         base_folder: Where plots of memory budgets go.
     """
     layers = model.get_submodule("layers")
+    saved_ops = {*saved_ops, *product_ops}
     plans: dict[str, list[bool]] = {}
     if products and config.mode == "selective" and config.selective_ac_option == "op":
         names = config.per_op_sac_force_recompute_mm_shapes_by_fqns
@@ -90,7 +93,7 @@ def checkpoint_blocks(
     )
     for name, plan in plans.items():
         wrapper = cast(CheckpointWrapper, layers.get_submodule(name))
-        contexts = _contexts(frozenset(saved_ops), plan)
+        contexts = _contexts(frozenset(saved_ops), MATRIX_PRODUCTS | {*product_ops}, plan)
         wrapper.checkpoint_fn = partial(wrapper.checkpoint_fn, context_fn=contexts)
 
 
@@ -146,7 +149,9 @@ def _weight_shape(block: nn.Module, path: str) -> torch.Size:
     return next(weights).shape
 
 
-def _contexts(saved_ops: frozenset[Any], plan: Sequence[bool]) -> Callable[[], Any]:
+def _contexts(
+    saved_ops: frozenset[Any], product_ops: frozenset[Any], plan: Sequence[bool]
+) -> Callable[[], Any]:
     """Make the function that a checkpoint calls for its two contexts, once per forward pass."""
 
     def contexts() -> Any:
@@ -154,7 +159,7 @@ def _contexts(saved_ops: frozenset[Any], plan: Sequence[bool]) -> Callable[[], A
 
         def policy(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             is_saved = func in saved_ops
-            if func in MATRIX_PRODUCTS:
+            if func in product_ops:
                 call = next(calls)
                 if call >= len(plan):
                     raise RuntimeError(

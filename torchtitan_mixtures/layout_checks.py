@@ -169,7 +169,7 @@ def check_tensor_parallel(
         family = job_config.model.name
         raise ValueError(f"{key} = {degree}: {family} does not support it; set it to 1.")
     sizes = dict(cuts.sizes(model_args))
-    if not getattr(model_args, "is_untied", False):
+    if cuts.cuts_positions and not getattr(model_args, "is_untied", False):
         # Without towers the stream is cut along the sequence, or the rank's part of it.
         parts = config.context_parallel_degree
         where = f", in {parts} parts" if parts > 1 else ""
@@ -214,6 +214,8 @@ def _check_context_parallel(
         where = f" on each of {tensor} ranks of tensor parallelism" * (tensor > 1)
         shared = {f"{name}{where}": n // tensor for name, n in cuts.sizes(model_args).items()}
         _require_divisor(job_config, key, degree, shared | lengths)
+        if cuts.check is not None:
+            cuts.check(job_config, model_args)
         return
     if cuts.ring is None:
         raise ValueError(

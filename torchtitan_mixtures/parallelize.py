@@ -55,10 +55,13 @@ class TensorCuts:
         styles: Given the model and whether the loss takes logits cut along the vocabulary:
             module path -> style.
         sizes: Given the model's arguments, what the degree must divide: description -> number.
+        cuts_positions: Whether a model without towers shares positions between its layers, which
+            the degree must divide too.
     """
 
     styles: Callable[[nn.Module, bool], Mapping[str, ParallelStyle]]
     sizes: Callable[[BaseModelArgs], Mapping[str, int]]
+    cuts_positions: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,20 @@ class ContextCuts:
     """Where context parallelism changes a family's layers.
 
     Attributes:
-        styles: Given the model: module path -> style, of those that mix positions or that cut a
-            stream which reaches every rank whole.
+        styles: Given the model and the job's configuration: module path -> style, of those that
+            mix positions or that cut a stream which reaches every rank whole.
         sizes: Given the model's arguments, what ranks share instead of positions and what tensor
             parallelism shares before: description -> number.
         ring: Path of the attention modules that `mixture.context_parallel = "ring"` changes, `*`
             for any layer; None: the family has no such choice.
+        check: Given the job's configuration and the model's arguments, raises ValueError for what
+            the degree cannot do beside that. None: nothing.
     """
 
-    styles: Callable[[nn.Module], Mapping[str, ParallelStyle]]
+    styles: Callable[[nn.Module, MixtureJobConfig], Mapping[str, ParallelStyle]]
     sizes: Callable[[BaseModelArgs], Mapping[str, int]]
     ring: str | None = None
+    check: Callable[[MixtureJobConfig, Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Cuts:
             calls: path in the block -> number of matrix products it makes. Every second one is
             saved by selective activation checkpointing of kind "op". None: TorchTitan's policy,
             which saves every second product.
+        product_ops: Further operators that compute them.
         tensor_parallel: None: the family does not support it. `checks` finds this by the name
             `CUTS` in the family's `parallelize` module.
         context_parallel: The same about context parallelism.
@@ -102,6 +109,7 @@ class Cuts:
     units_after: Sequence[Sequence[str]] = ()
     saved_ops: Sequence[Callable[..., Any]] = field(default=())
     products: Callable[[BaseModelArgs], Mapping[str, int]] | None = None
+    product_ops: Sequence[Callable[..., Any]] = field(default=())
     tensor_parallel: TensorCuts | None = None
     context_parallel: ContextCuts | None = None
 
@@ -179,7 +187,8 @@ def apply_cp(
         method = job_config.parallelism.context_parallel_rotate_method
         apply_ring(model, mesh, context.ring, method)
     else:
-        apply_context_parallel(model, mesh, context.styles(model))
+        config = cast(MixtureJobConfig, job_config)
+        apply_context_parallel(model, mesh, context.styles(model, config))
 
 
 def apply_checkpointing(
@@ -203,6 +212,7 @@ def apply_checkpointing(
         config,
         saved,
         cuts.products(args) if cuts.products is not None else None,
+        product_ops=cuts.product_ops,
         compiled=compiled,
         base_folder=job_config.job.dump_folder,
     )

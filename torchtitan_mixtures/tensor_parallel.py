@@ -230,6 +230,28 @@ class ReplicatedLabelEmbedder(LabelEmbedder):
         return F.embedding(input, own_term(self.weight))
 
 
+def alike(parameter: Tensor) -> Tensor:
+    """All of a replicated parameter that every rank uses alike, and so finds the same gradient."""
+    return cast(DTensor, parameter).to_local()
+
+
+class AlikeLinear(nn.Linear):
+    """A linear layer that every rank computes alike."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in)` -> `(..., out)`."""
+        return F.linear(input, alike(self.weight), alike(self.bias))
+
+
+class AlikeLayerNorm(nn.LayerNorm):
+    """A norm that every rank computes alike."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., dim)` -> the same shape."""
+        weight, bias = alike(self.weight), alike(self.bias)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class _ScaledGradient(torch.autograd.Function):
     """Multiply the gradient alone."""
 

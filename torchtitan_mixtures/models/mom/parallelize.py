@@ -157,7 +157,7 @@ def tensor_parallel_sizes(model_args: BaseModelArgs) -> dict[str, int]:
     return sizes
 
 
-def context_parallel_styles(model: nn.Module) -> dict[str, ParallelStyle]:
+def context_parallel_styles(model: nn.Module, job_config: JobConfig) -> dict[str, ParallelStyle]:
     """Say where ranks that share images' tokens communicate; module path -> style."""
     args = cast(MoM, model).model_args
     styles: dict[str, ParallelStyle] = {"stream": PartOfInput(STREAM)}

@@ -122,7 +122,7 @@ CUTS = Cuts(
     products=matrix_products,
     tensor_parallel=TensorCuts(tensor_parallel_styles, tensor_parallel_sizes),
     context_parallel=ContextCuts(
-        styles=lambda model: {ATTENTION: AllToAllAttention()},
+        styles=lambda model, job_config: {ATTENTION: AllToAllAttention()},
         sizes=lambda args: {"heads": cast(MoTModelArgs, args).n_heads},
         ring=ATTENTION,
     ),
