@@ -22,10 +22,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import checkpoint_config, device, layout_checks
+from torchtitan_mixtures.classifier_checks import check_classifier, refuse_keys
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
 from torchtitan_mixtures.data import emoji_source, image_data, loader
 from torchtitan_mixtures.float8 import check_converters
-from torchtitan_mixtures.job_config import Mixture, MixtureJobConfig
+from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
 from torchtitan_mixtures.models.common.grouped_mm import is_aligned
 from torchtitan_mixtures.objectives.denoising import build_process
@@ -201,6 +202,11 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
         raise ValueError(
             "multimodal.validation_splits = []: validation.enable = true needs at least one split."
         )
+    if getattr(model_args, "is_classifier", False):
+        check_classifier(job_config, model_args)
+        return
+    refuse_keys(job_config, "classification", "classes to predict")
+    refuse_keys(job_config, "nested", "nested experts")
     if hasattr(model_args, "modality_names"):
         _check_token_data(job_config, model_args)
     else:
@@ -210,27 +216,15 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
 def _check_image_data(job_config: MixtureJobConfig) -> None:
     """Check what is left after a model's arguments were completed from its images."""
     keys = ("dispatch", "untie", "tower_of_modality", "context_parallel")
-    _refuse_mixture(job_config, keys, "towers of modalities")
+    refuse_keys(job_config, "mixture", "towers of modalities", keys)
     image_data.check_splits(job_config)
     image_data.warn_of_thumbnails(job_config)
     build_process(job_config.objective, image_data.image_spec(job_config).channels)
 
 
-def _refuse_mixture(job_config: MixtureJobConfig, keys: Sequence[str], what: str) -> None:
-    """Refuse keys of `[mixture]` that are about something a family does not have."""
-    defaults = Mixture()
-    for key in keys:
-        value = getattr(job_config.mixture, key)
-        if value != getattr(defaults, key):
-            raise ValueError(
-                f"mixture.{key} = {value!r}: model.name = {job_config.model.name!r} has no {what}; "
-                "remove the key."
-            )
-
-
 def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
     data = job_config.multimodal
-    _refuse_mixture(job_config, ("routing", "top_k", "router_noise"), "router")
+    refuse_keys(job_config, "mixture", "router", ("routing", "top_k", "router_noise"))
     if data.source == "folder":
         raise ValueError(
             f"multimodal.source = 'folder': holds images without captions, which model.name = "

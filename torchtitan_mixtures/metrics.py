@@ -24,13 +24,13 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.loss_report import bucket_scalars, describe_losses, describe_shares
 from torchtitan_mixtures.media import Media, write_media, write_pictures
+from torchtitan_mixtures.objectives.classification_meter import ACCURACY
 from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.optimizer import TowerOptimizers
 from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter
 from torchtitan_mixtures.towers import SHARED, tower_namer
-
-NATS_TO_BITS = 1 / math.log(2)
 
 
 class MixtureMetricsProcessor(MetricsProcessor):
@@ -174,6 +174,8 @@ class MixtureMetricsProcessor(MetricsProcessor):
         *,
         split: str = "",
         losses: dict[str, tuple[float, int]] | None = None,
+        shares: dict[str, float] | None = None,
+        group: str = "modality",
         in_bits: bool = True,
     ) -> None:
         """Log one validation pass.
@@ -184,15 +186,19 @@ class MixtureMetricsProcessor(MetricsProcessor):
             extra_metrics: Further scalars to write.
             split: Name of the split.
             losses: Loss and number of targets of each bucket: modality, or noise level.
+            shares: Shares of right answers, by name.
+            group: What buckets are.
             in_bits: Whether the loss is in nats per token.
         """
+        losses, shares = losses or {}, shares or {}
         prefix = f"validation/{split}" if split else "validation"
-        scalars = {f"{prefix}/loss": loss} | bucket_scalars(prefix, losses or {}, in_bits)
+        scalars = {f"{prefix}/loss": loss} | bucket_scalars(prefix, losses, in_bits)
+        scalars |= {f"{prefix}/{name}": share for name, share in shares.items()}
         self.logger.log(scalars | (extra_metrics or {}), step)
-        c = self.color
+        c, buckets = self.color, describe_losses(losses, group, in_bits)
         logger.info(
             f"{c.yellow}validate step: {step:2}  {c.white}{split}  {c.green}loss: {loss:8.5f}  "
-            f"{c.turquoise}{describe_losses(losses or {}, in_bits)}{c.reset}"
+            f"{c.turquoise}{buckets}{describe_shares(shares)}{c.reset}"
         )
 
     @property
@@ -307,13 +313,15 @@ class MixtureMetricsProcessor(MetricsProcessor):
         norms: dict[str, float],
     ) -> None:
         c = self.color
-        in_bits = self.loss_meter is None or self.loss_meter.in_bits
+        meter = self.loss_meter or LossMeter([])
+        accuracy = {"accuracy": scalars[ACCURACY]} if ACCURACY in scalars else {}
         per_tower = " ".join(f"{tower} {norm:.3f}" for tower, norm in norms.items())
         per_tower = f" ({per_tower})" if list(norms) != [SHARED] else ""
         utilisation = f"  {c.magenta}mfu: {scalars['mfu(%)']:.2f}%" if "mfu(%)" in scalars else ""
         logger.info(
             f"{c.red}step: {step:2}  {c.green}loss: {scalars['loss_metrics/global_avg_loss']:8.5f}"
-            f"  {c.turquoise}{describe_losses(losses, in_bits)}  "
+            f"  {c.turquoise}{describe_losses(losses, meter.group, meter.in_bits)}"
+            f"{describe_shares(accuracy)}  "
             f"{c.orange}grad_norm: {scalars['grad_norm']:.4f}{per_tower}  "
             f"{c.yellow}memory: {scalars['memory/max_reserved(GiB)']:.2f}GiB  "
             f"{c.blue}tps: {round(scalars['throughput(tps)']):,}  "
@@ -335,44 +343,18 @@ def reduce_meter(meter: LossMeter, parallel_dims: ParallelDims) -> dict[str, tup
         For each bucket with targets: loss per target, and the number of targets.
     """
     totals = meter.totals(torch.device(parallel_dims.world_mesh.device_type)).clone()
+    sums, counts = sum_over_ranks(totals, parallel_dims).tolist()
+    rows = zip(meter.names, sums, counts, strict=True)
+    return {name: (nll / count, round(count)) for name, nll, count in rows if count}
+
+
+def sum_over_ranks(totals: Tensor, parallel_dims: ParallelDims) -> Tensor:
+    """Sum, in place, over all ranks that hold different data."""
     meshes = ["loss"] if parallel_dims.dp_cp_enabled else []
     meshes += ["pp"] if parallel_dims.pp_enabled else []  # only last stages have something to add
     for name in meshes:
         dist.all_reduce(totals, group=parallel_dims.get_mesh(name).get_group())
-    sums, counts = totals.tolist()
-    rows = zip(meter.names, sums, counts, strict=True)
-    return {name: (nll / count, int(count)) for name, nll, count in rows if count}
-
-
-def bucket_scalars(
-    prefix: str, losses: dict[str, tuple[float, int]], in_bits: bool = True
-) -> dict[str, float]:
-    """Name the scalars of each bucket: its loss, bits per token if it has them, share of targets.
-
-    Args:
-        prefix: First part of the names.
-        losses: Loss per target and number of targets of each bucket.
-        in_bits: Whether the loss is in nats per token.
-    """
-    total = sum(count for _, count in losses.values())
-    scalars = {}
-    for name, (loss, count) in losses.items():
-        scalars[f"{prefix}/{name}/loss"] = loss
-        if in_bits:
-            scalars[f"{prefix}/{name}/bits_per_token"] = loss * NATS_TO_BITS
-            scalars[f"{prefix}/{name}/token_share"] = count / total
-    return scalars
-
-
-def describe_losses(losses: dict[str, tuple[float, int]], in_bits: bool = True) -> str:
-    """Write losses for the console: `text: 5.123 (7.39 bits, 31%)`, or `noise 0.125: 0.9876`."""
-    if not in_bits:
-        return "  ".join(f"noise {name}: {loss:.4f}" for name, (loss, _) in losses.items())
-    total = sum(count for _, count in losses.values())
-    return "  ".join(
-        f"{name}: {loss:.4f} ({loss * NATS_TO_BITS:.3f} bits, {100 * count / total:.0f}%)"
-        for name, (loss, count) in losses.items()
-    )
+    return totals
 
 
 def build_metrics_processor(

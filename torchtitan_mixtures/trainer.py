@@ -19,6 +19,7 @@ from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.ema import EMA, STATE
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor
+from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
 from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.pipeline import Pipeline
 from torchtitan_mixtures.sampling.during_training import Sampler, build_sampler
@@ -31,7 +32,8 @@ class MixtureTrainer(Trainer):
     inputs and targets; the hand-over of the loss's meter to the metrics; an average of the
     parameters; samples while it trains; and a `config.json` in every checkpoint.
 
-    A family's loss says how batches are prepared for it (`prepare`, see `NextTokenLoss`).
+    A family's loss says how batches are prepared for it (`prepare`, see `NextTokenLoss`), and may
+    be told which step begins (`start_step`, see `ClassificationLoss`).
     """
 
     loss_meter: LossMeter | None
@@ -40,6 +42,8 @@ class MixtureTrainer(Trainer):
 
     def __init__(self, job_config: MixtureJobConfig):
         check_job(job_config)
+        if job_config.nested.same_flops:
+            lengthen_to_same_flops(job_config)
         super().__init__(job_config)
         self.has_stepped = False
         self.loss_meter = getattr(self.loss_fn, "meter", None)
@@ -112,7 +116,9 @@ class MixtureTrainer(Trainer):
             self.has_stepped = True
             if self.ema is not None:
                 self.ema.start()
-        if self.loss_meter is not None:
+        if hasattr(self.loss_fn, "start_step"):
+            cast(Any, self.loss_fn).start_step(self.step)
+        elif self.loss_meter is not None:
             # A loss with more meters than one resets them all.
             getattr(self.loss_fn, "reset", self.loss_meter.reset)()
         self.processor.start_step(self.step)

@@ -9,12 +9,8 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.gang import run_ranks
 from tests.jobs import debug_job
-from torchtitan_mixtures.metrics import (
-    bucket_scalars,
-    build_metrics_processor,
-    describe_losses,
-    reduce_meter,
-)
+from torchtitan_mixtures.loss_report import bucket_scalars, describe_losses, describe_shares
+from torchtitan_mixtures.metrics import build_metrics_processor, reduce_meter
 from torchtitan_mixtures.objectives.meter import LossMeter
 
 
@@ -25,6 +21,17 @@ def test_scalars_are_nats_bits_and_shares():
     assert scalars["modality/text/token_share"] == 0.75
     text = describe_losses({"text": (math.log(2), 30), "image": (2.0, 10)})
     assert text == "text: 0.6931 (1.000 bits, 75%)  image: 2.0000 (2.885 bits, 25%)"
+
+
+def test_buckets_without_bits_are_named_by_what_they_are():
+    losses = {"0.25": (1.5, 30), "0.5": (2.0, 10)}
+    assert (
+        describe_losses(losses, "noise", in_bits=False) == "noise 0.25: 1.5000  noise 0.5: 2.0000"
+    )
+    assert describe_losses({"0.3": (2.5, 1)}, "capacity", in_bits=False) == "capacity 0.3: 2.5000"
+    assert describe_shares({}) == ""
+    found = describe_shares({"accuracy": 0.714, "top_5_accuracy": 1.0})
+    assert found == "  accuracy: 71.40%  top_5_accuracy: 100.00%"
 
 
 def parallel_dims(world):
