@@ -1,4 +1,4 @@
-"""Optimizers with a learning rate and a weight decay per tower.
+"""Optimizers that treat parameters differently: with rates per tower, or decay of matrices alone.
 
 Each model part has one optimizer, as in TorchTitan, whose parameters are in several groups: first
 those with the values of `[optimizer]`, then one for each tower that `mixture.tower_lr` or
@@ -7,6 +7,9 @@ TorchTitan saves the schedule of the first optimizer only and loads it into all.
 
 Values of a resumed run are those of the checkpoint, as TorchTitan has it for `optimizer.lr` and
 `optimizer.weight_decay`; `checkpoint_config.check_resume` refuses per-tower values that differ.
+
+Vision transformers are trained with weight decay of matrices alone (Steiner et al. 2021, arXiv
+2106.10270): biases, norms and what a family's arguments name in `undecayed_parameters` keep theirs.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
+from torchtitan.components.optimizer import (
+    OptimizersContainer,
+    OptimizersInBackwardContainer,
+    build_optimizers,
+)
 from torchtitan.config.job_config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
 
@@ -94,3 +101,51 @@ def build_tower_optimizers(
         return optimizers
     optimizer_cls = type(optimizers.optimizers[0])
     return TowerOptimizers(model_parts, optimizer_cls, optimizers.defaults, mixture)
+
+
+class MatrixDecayOptimizers(OptimizersContainer):
+    """TorchTitan's container, with a second group, without weight decay.
+
+    Args:
+        model_parts: The model's parts.
+        optimizer_cls: Class of the optimizers.
+        optimizer_kwargs: Their arguments, the weight decay of matrices.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        optimizer_cls: type[Optimizer],
+        optimizer_kwargs: dict[str, Any],
+    ) -> None:
+        super().__init__(model_parts, optimizer_cls, optimizer_kwargs)
+        for part, optimizer in zip(model_parts, self.optimizers, strict=True):
+            undecayed = _undecayed(part)
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            optimizer.param_groups.clear()
+            optimizer.add_param_group({"params": [p for p in parameters if p not in undecayed]})
+            undecayed_group = [p for p in parameters if p in undecayed]
+            optimizer.add_param_group({"params": undecayed_group, "weight_decay": 0.0})
+
+
+def _undecayed(part: nn.Module) -> set[nn.Parameter]:
+    """Vectors, and parameters that the model's arguments name."""
+    names = set(getattr(part.model_args, "undecayed_parameters", ()))
+    return {p for name, p in part.named_parameters() if p.ndim < 2 or name in names}
+
+
+def build_matrix_decay_optimizers(
+    model_parts: list[nn.Module],
+    optimizer_config: OptimizerConfig,
+    parallel_dims: ParallelDims,
+) -> OptimizersContainer:
+    """Build the optimizers of a TrainSpec whose weight decay is of matrices alone."""
+    optimizers = build_optimizers(model_parts, optimizer_config, parallel_dims)
+    if isinstance(optimizers, OptimizersInBackwardContainer):  # each has one parameter
+        undecayed = {parameter for part in model_parts for parameter in _undecayed(part)}
+        for optimizer in optimizers.optimizers:
+            for group in optimizer.param_groups:
+                if group["params"][0] in undecayed:
+                    group["weight_decay"] = 0.0
+        return optimizers
+    return MatrixDecayOptimizers(model_parts, type(optimizers.optimizers[0]), optimizers.defaults)

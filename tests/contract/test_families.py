@@ -60,6 +60,10 @@ def is_over_tokens(args):
     return hasattr(args, "modality_names")
 
 
+def is_classifier(args):
+    return getattr(args, "is_classifier", False)
+
+
 def test_the_spec_is_complete(family):
     spec = get_train_spec(family)
     assert issubclass(spec.model_cls, ModelProtocol)
@@ -78,7 +82,8 @@ def test_every_configuration_parses_and_names_a_flavour(config):
     check_arguments(["--job.config_file", str(config)])
     job = load_job(config)
     assert job.model.name == config.parent.name
-    assert job.model.flavor.replace("/", "-") == config.stem
+    # A recipe may follow: S-16_imagenet21k.
+    assert f"{config.stem}_".startswith(job.model.flavor.replace("/", "-") + "_")
     assert job.model.flavor in get_train_spec(job.model.name).model_args
     assert config.read_text().startswith("# ")
     assert "scripts/train.sh" in config.read_text() or "torchrun" in config.read_text()
@@ -131,6 +136,27 @@ PARAMETERS = {
     "mom/DiT-XL/2": 674_834_720,
     "mom/DiT-XL/4": 675_000_704,
     "mom/DiT-XL/8": 675_664_640,
+    "mone/debugmodel": 809_615,
+    "mone/debugmodel_dense": 809_098,
+    "mone/Ti/16": 5_717_805,
+    "mone/S/16": 22_051_437,
+    "mone/B/16": 86_569_197,
+    "mone/L/16": 304_328_685,
+    "mone/G/16": 2_421_234_669,
+    "mone/ViT-Ti/16": 5_717_032,
+    "mone/ViT-S/16": 22_049_896,
+    "mone/ViT-B/16": 86_566_120,
+    "mone/ViT-L/16": 304_324_584,
+    "mone/ViT-G/16": 2_421_226_472,
+    "mone/debugmodel_cls": 809_871,
+    "mone/Ti/16-cls": 5_718_189,
+    "mone/S/16-cls": 22_052_205,
+    "mone/B/16-cls": 86_570_733,
+    "mone/L/16-cls": 304_330_733,
+    "mone/ViT-Ti/16-cls": 5_717_416,
+    "mone/ViT-S/16-cls": 22_050_664,
+    "mone/ViT-B/16-cls": 86_567_656,
+    "mone/ViT-L/16-cls": 304_326_632,
 }
 
 
@@ -160,6 +186,8 @@ def test_every_configuration_builds_with_the_counted_parameters(config, tmp_path
         # attention, which total parameters would exceed.
         attention = 12 * args.n_layers * args.dim * job.training.seq_len
         assert 0 < flops <= 6 * args.num_active_parameters + attention
+    elif is_classifier(args):
+        assert flops == 6 * args.macs_per_image()
     else:
         assert 0 < flops < 6 * args.num_active_parameters * 2
 
@@ -169,6 +197,12 @@ def added_parameters(job, args):
     flavor = get_train_spec(job.model.name).model_args[job.model.flavor]
     if is_over_tokens(args):
         return (args.total_vocab_size - args.vocab_size) * 2 * args.dim
+    if is_classifier(args):
+        pixels = args.patch_size**2 * (args.in_channels - flavor.in_channels)
+        tokens = args.seq_len - flavor.seq_len
+        return (pixels + tokens) * args.dim + (args.num_classes - flavor.num_classes) * (
+            args.dim + 1
+        )
     values = args.patch_size**2
     more_in, more_out = (
         values * (getattr(args, name) - getattr(flavor, name))
@@ -221,7 +255,8 @@ def test_batches_of_the_loader_are_what_forward_takes(family):
     parameters = list(inspect.signature(model.forward).parameters)
     assert set(extra) <= set(parameters)
     assert inputs.shape[0] == job.training.local_batch_size
-    assert all(isinstance(v, torch.Tensor) and v.shape[0] == len(inputs) for v in extra.values())
+    tensors = {name: value for name, value in extra.items() if name != "budget"}
+    assert all(isinstance(v, torch.Tensor) and v.shape[0] == len(inputs) for v in tensors.values())
 
 
 def test_a_step_has_a_finite_loss_and_a_gradient_everywhere(family):
@@ -251,8 +286,10 @@ def test_the_loss_at_the_start_is_that_of_guessing(family):
     with torch.no_grad():
         loss = loss_fn(model(inputs, **extra), targets)
     count = (targets.labels != -100).sum()
-    # A token guessed evenly; or noise guessed to be zero, and the bound of its variance.
+    # A token or class guessed evenly; or noise guessed to be zero, and the bound of its variance.
     guess = math.log(args.total_vocab_size) if is_over_tokens(args) else 1.0
+    if is_classifier(args):
+        guess = math.log(args.num_classes)
     assert abs(float(loss / count) - guess) < 0.7
 
 

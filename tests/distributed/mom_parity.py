@@ -1,4 +1,4 @@
-"""What a parallel layout computes of a MoM or DiT against one process, in float64.
+"""What a parallel layout computes of a model of images against one process, in float64.
 
 As `parity.py` does it for models over tokens. Weights are drawn again after their initial values
 were compared: those are zero in so many places that most gradients would be.
@@ -90,9 +90,12 @@ def make_batches(args: MoMModelArgs) -> list[dict[str, torch.Tensor]]:
 class Run:
     """A model, under a layout or untouched, and a step of the trainer with it."""
 
-    def __init__(self, is_parallel: bool, job: Any, args: MoMModelArgs, dims: ParallelDims) -> None:
+    family = "mom"
+    microbatch = MICROBATCH
+
+    def __init__(self, is_parallel: bool, job: Any, args: Any, dims: ParallelDims) -> None:
         self.job, self.dims, self.args = job, dims, args
-        spec = get_train_spec("mom")
+        spec = get_train_spec(self.family)
         with torch.device("meta"):
             model: Any = spec.model_cls(args)
         if is_parallel:
@@ -101,11 +104,34 @@ class Run:
         with torch.no_grad():
             model.init_weights(buffer_device=torch.device("cpu"))
         self.model = model
-        self.process = build_process(job.objective, args.in_channels)
-        self.process.learned_variance = args.learned_variance
-        self.loss_fn = DenoisingLoss(
-            self.process, args, job.objective, seed=7, sample_mesh=lambda: self.mesh("batch")
+        self.loss_fn: Any = self.make_loss()
+
+    def make_loss(self) -> Any:
+        """The objective."""
+        process = build_process(self.job.objective, self.args.in_channels)
+        process.learned_variance = self.args.learned_variance
+        return DenoisingLoss(
+            process, self.args, self.job.objective, seed=7, sample_mesh=lambda: self.mesh("batch")
         )
+
+    def loss(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of the losses of a microbatch of this rank."""
+        labels = torch.zeros(len(rows["input"]), self.args.num_tokens, dtype=torch.int64)
+        inputs, targets, extra, _ = self.loss_fn.prepare(
+            self.model, None, rows, labels, self.dims, self.job
+        )
+        # Draws are float32 whatever the default is.
+        targets = targets._replace(clean=targets.clean.double(), noise=targets.noise.double())
+        return self.loss_fn(self.model(inputs.double(), **extra), targets)
+
+    def start_step(self) -> None:
+        """Let the objective forget what it noted before."""
+        self.loss_fn.reset()
+
+    @property
+    def positions(self) -> int:
+        """Supervised positions of an image."""
+        return self.args.num_tokens
 
     def mesh(self, name: str) -> Any:
         """A mesh of the layout; None where it is of one rank."""
@@ -135,19 +161,12 @@ class Run:
 
     def backward(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Run forward and backward with every microbatch; return the loss over all ranks."""
-        self.loss_fn.reset()
+        self.start_step()
         self.model.zero_grad()
         total = torch.zeros(())
-        count = len(batches) * MICROBATCH * self.args.num_tokens
+        count = len(batches) * self.microbatch * self.positions
         for batch in batches:
-            rows = {name: self.share(tensor) for name, tensor in batch.items()}
-            labels = torch.zeros(len(rows["input"]), self.args.num_tokens, dtype=torch.int64)
-            inputs, targets, extra, _ = self.loss_fn.prepare(
-                self.model, None, rows, labels, self.dims, self.job
-            )
-            # Draws are float32 whatever the default is.
-            targets = targets._replace(clean=targets.clean.double(), noise=targets.noise.double())
-            loss = self.loss_fn(self.model(inputs.double(), **extra), targets) / count
+            loss = self.loss({name: self.share(tensor) for name, tensor in batch.items()}) / count
             loss.backward()
             total += loss.detach()
         mesh = self.mesh("loss")
@@ -174,7 +193,9 @@ def make_runs(
     return [Run(True, job, args, dims), single]
 
 
-def errors_of_a_step(run: Run, single: Run) -> dict[str, float]:
+def errors_of_a_step(
+    run: Run, single: Run, batches: list[dict[str, torch.Tensor]]
+) -> dict[str, float]:
     """Compare initial weights; then loss, what is reported of it, gradients and their norm."""
     weights = single.parameters()
     assert run.parameters().keys() == weights.keys()
@@ -182,7 +203,6 @@ def errors_of_a_step(run: Run, single: Run) -> dict[str, float]:
         assert torch.equal(whole(parameter), weights[name]), f"{name}: initial weights differ"
     run.draw_weights()
     single.draw_weights()
-    batches = make_batches(run.args)
     errors = {"loss": relative_error(run.backward(batches), single.backward(batches))}
     errors |= _errors_of_metrics(run, single)
     for name, parameter in run.parameters().items():
@@ -219,6 +239,7 @@ def compare(
     use_float64()
     dims, worst = LAYOUTS[layout].dims(), {}
     for variant in variants:
-        errors = errors_of_a_step(*make_runs(layout, variant, dims, options))
+        run, single = make_runs(layout, variant, dims, options)
+        errors = errors_of_a_step(run, single, make_batches(run.args))
         worst[variant] = max((error, name) for name, error in errors.items())
     return worst

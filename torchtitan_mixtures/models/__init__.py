@@ -1,3 +1,3 @@
 """The model families that have landed."""
 
-FAMILIES = ("mot", "mom")
+FAMILIES = ("mot", "mom", "mone")

@@ -62,6 +62,7 @@ class MoNEModelArgs(BaseModelArgs):
     init_seed: int | None = None  # None: PyTorch's initial seed
 
     is_classifier: ClassVar[bool] = True
+    undecayed_parameters: ClassVar[tuple[str, ...]] = ("embedder.positions",)
     # What may differ between a checkpoint and the run that goes on from it.
     resumable_fields: ClassVar[frozenset[str]] = frozenset(
         {
