@@ -55,9 +55,9 @@ class Multimodal:
     """Where documents and images come from, how they become tokens, and what their tokens weigh."""
 
     source: Literal["emoji", "datasets", "folder"] = "emoji"
-    """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens, for
-    models over tokens. `folder`: for models of images, a folder with one folder of images per
-    class, or the latents that `scripts/prepare_data.py encode-latents` wrote."""
+    """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens.
+    `folder`: for models of images, a folder with one folder of images per class, or the latents
+    that `scripts/prepare_data.py encode-latents` wrote."""
 
     path: str = ""
     """For `datasets`: hub name, local folder or file, or a folder written by `save_to_disk`. For
@@ -77,13 +77,19 @@ class Multimodal:
     `unseen_voice` of the embedded corpus too."""
 
     streaming: bool = False
-    """For `datasets`: read without downloading first. Shuffles in a buffer, not globally."""
+    """For `datasets`: read without downloading first. Shuffles in a buffer, not globally. Not for
+    models of images."""
 
     image_column: str = "image"
     """For `datasets`: column with the image (an image, its bytes, or a path)."""
 
     caption_column: str = "caption"
-    """For `datasets`: column with the caption (a string, or a list of which one is drawn)."""
+    """For models over tokens on `datasets`: column with the caption (a string, or a list of which
+    one is drawn)."""
+
+    label_column: str = "label"
+    """For models of images on `datasets`: column with the class (a number or a string), or with a
+    list of classes if `classification.multi_label` says so."""
 
     max_bad_fraction: float = 0.01
     """Share of undecodable samples above which the run stops. All are counted and logged."""
@@ -124,8 +130,9 @@ class Multimodal:
     every single concept."""
 
     random_flip: bool = False
-    """For models of images on a `folder` of pictures: mirror half of the training images. Never
-    where it would lie, as with the arrows and letters of `emoji`, which refuses it."""
+    """For models of images on a `folder` of pictures or on `datasets`: mirror half of the training
+    images. Never where it would lie, as with the arrows and letters of `emoji`, which refuses
+    it."""
 
     vae: str = ""
     """For models of images: local folder of a VAE in the format of `diffusers` (an extra:

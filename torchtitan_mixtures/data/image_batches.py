@@ -12,9 +12,11 @@ A batch is `(input_dict, labels)`:
 |----------------|--------------------------------------------|------------------------------------|
 | `input`        | `(batch, channels, height, width)` float32 | pixels in [-1, 1], or mean latents |
 | `latent_std`   | like `input`; for encoded latents alone    | their standard deviation           |
-| `class_labels` | `(batch,)` int64                           | class                              |
+| `class_labels` | `(batch,)` int64, or of multi-label data   | class, or classes and then -1      |
+|                | `(batch, max_labels)`                      |                                    |
 | `sample_index` | `(batch,)` int64                           | g; in validation the image's index |
-| labels         | `(batch, tokens)` int64                    | 0, or -100 = no loss               |
+| labels         | `(batch, tokens)` int64; of a classifier   | 0, or -100 = no loss               |
+|                | `(batch, 1)`                               |                                    |
 
 A broken image is counted and logged, and the run stops when there are too many
 (`multimodal.max_bad_fraction`). In training the next one that can be read takes its place, in
@@ -34,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from torchtitan_mixtures.data.augment import Augmentation
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
 from torchtitan_mixtures.data.image_files import BrokenImageError
 from torchtitan_mixtures.data.image_sets import ClassImage, ImageSet
@@ -41,6 +44,9 @@ from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.shards import Share
 from torchtitan_mixtures.data.sources import document_rng, epoch_order
 from torchtitan_mixtures.job_config import Multimodal
+
+NO_CLASS = -1
+"""What follows the classes of an image that has fewer than others."""
 
 MAX_REPLACEMENTS = 100
 """Broken images in a row after which no replacement is looked for any more."""
@@ -76,14 +82,16 @@ class Collator:
     Attributes:
         shape: Of an image, `(channels, height, width)`.
         has_std: Whether images are latents with a standard deviation.
-        num_tokens: Positions of an image in the model.
+        num_tokens: Positions of an image that are supervised.
         batch_size: Samples of a batch; if there are fewer, the rest is padding without loss.
+        max_labels: Classes of an image at most; 1 = it has exactly one.
     """
 
     shape: tuple[int, int, int]
     has_std: bool
     num_tokens: int
     batch_size: int
+    max_labels: int = 1
 
     def __call__(self, draws: Sequence[Draw]) -> CollatedDraws:
         """Make a batch; what could not be read has no loss."""
@@ -92,6 +100,8 @@ class Collator:
         if self.has_std:
             inputs["latent_std"] = torch.zeros(size, *self.shape)
         inputs["class_labels"] = torch.zeros(size, dtype=torch.int64)
+        if self.max_labels > 1:
+            inputs["class_labels"] = torch.full((size, self.max_labels), NO_CLASS)
         inputs["sample_index"] = torch.zeros(size, dtype=torch.int64)
         labels = torch.full((size, self.num_tokens), IGNORE_INDEX)
         for row, draw in enumerate(draws):
@@ -101,7 +111,11 @@ class Collator:
             inputs["input"][row] = draw.image.image
             if draw.image.std is not None:
                 inputs["latent_std"][row] = draw.image.std
-            inputs["class_labels"][row] = draw.image.label
+            label = draw.image.label
+            if isinstance(label, int):
+                inputs["class_labels"][row] = label
+            else:
+                inputs["class_labels"][row, : len(label)] = torch.tensor(label, dtype=torch.int64)
             labels[row] = 0
         num_read = sum(draw.image is not None for draw in draws)
         return CollatedDraws(inputs, labels, num_read, [b for draw in draws for b in draw.broken])
@@ -159,10 +173,16 @@ class TrainingImages(IterableDataset):
         config: The `[multimodal]` section.
         rank: Data-parallel rank.
         collator: Makes batches.
+        augmentation: Changes images; None = leave them as they are.
     """
 
     def __init__(
-        self, images: ImageSet, config: Multimodal, rank: Share, collator: Collator
+        self,
+        images: ImageSet,
+        config: Multimodal,
+        rank: Share,
+        collator: Collator,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.images = images
         self.num_consumed = 0
@@ -171,6 +191,7 @@ class TrainingImages(IterableDataset):
         self._config = config
         self._rank = rank
         self._collator = collator
+        self._augmentation = augmentation
         self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
 
     def __iter__(self) -> Iterator[CollatedDraws]:
@@ -194,9 +215,14 @@ class TrainingImages(IterableDataset):
         for step in range(min(size, MAX_REPLACEMENTS)):
             candidate = (index + step) % size
             try:
-                return Draw(number, self.images.read(candidate, is_flipped), broken)
+                image = self.images.read(candidate, is_flipped)
             except BrokenImageError as error:
                 broken.append((self.images.key(candidate), str(error)))
+                continue
+            if self._augmentation is not None:
+                pixels = self._augmentation.apply(image.image, self._config.seed, number)
+                image = image._replace(image=pixels)
+            return Draw(number, image, broken)
         return Draw(number, None, broken)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:

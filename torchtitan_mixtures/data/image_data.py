@@ -1,6 +1,7 @@
 """What images a model of images trains on: their size, their classes and their splits.
 
-`multimodal.source` is `emoji` (the embedded drawings) or `folder`: pictures in one folder for each
+`multimodal.source` is `emoji` (the embedded drawings), `datasets` (anything that
+`datasets.load_dataset` opens and that has an index), or `folder`: pictures in one folder for each
 class, or latents that were encoded before. With `multimodal.vae` pictures become latents during
 training: the loaders yield pictures that are larger by the factor of the VAE.
 """
@@ -33,6 +34,7 @@ from torchtitan_mixtures.data.latents import (
 from torchtitan_mixtures.data.vae import read_vae_config
 
 if TYPE_CHECKING:
+    from torchtitan_mixtures.data.image_datasets import ClassDataset
     from torchtitan_mixtures.job_config import MixtureJobConfig, Multimodal
 
 
@@ -50,10 +52,11 @@ def image_spec(job_config: JobConfig) -> ImageSpec:
     """Say what the images of a job are, without reading any.
 
     Args:
-        job_config: The whole configuration; read is its section multimodal.
+        job_config: The whole configuration; read is its section multimodal, and whether images
+            may have several classes.
 
     Raises:
-        ValueError: Names the key of the section that does not fit, its value and the remedy.
+        ValueError: Names the key that does not fit, its value and the remedy.
     """
     config = _multimodal(job_config)
     if config.source == "emoji":
@@ -65,10 +68,7 @@ def image_spec(job_config: JobConfig) -> ImageSpec:
         _check_emoji_size(config)
         return _pixel_spec(config, emoji_classes(config.class_of))
     if config.source == "datasets":
-        raise ValueError(
-            'multimodal.source = "datasets": models of images read "emoji" or "folder"; write the '
-            "images into one folder per class and name that folder in multimodal.path."
-        )
+        return _pixel_spec(config, _class_dataset(job_config).class_names)
     if not config.path:
         raise ValueError(
             'multimodal.path = "": multimodal.source = "folder" needs a folder with one folder of '
@@ -99,10 +99,11 @@ def check_splits(job_config: JobConfig) -> None:
 
 
 def warn_of_thumbnails(job_config: JobConfig) -> None:
-    """Say if pictures of a folder are shrunk to the size of latents, which may not be meant."""
+    """Say if pictures are shrunk to the size of latents, which may not be meant."""
     config = _multimodal(job_config)
-    is_folder = config.source == "folder" and not config.vae
-    if is_folder and not is_latent_folder(Path(config.path).expanduser()):
+    if config.source == "emoji" or config.vae:
+        return
+    if config.source == "datasets" or not is_latent_folder(Path(config.path).expanduser()):
         logger.warning(
             f"multimodal.path = {config.path!r} holds pictures: the model sees {config.image_size} "
             f"x {config.image_size} pixels of each. Latents of larger ones come from "
@@ -126,6 +127,9 @@ def check_split(job_config: JobConfig, key: str, split: str) -> None:
     if config.source == "emoji":
         _check_emoji_split(config, key, split)
         return
+    if config.source == "datasets":
+        _class_dataset(job_config).open(key, split)
+        return
     folder = Path(config.path).expanduser()
     if not is_latent_folder(folder):
         _class_folders(config.path, config.train_split).check_split(key, split)
@@ -139,6 +143,8 @@ def check_split(job_config: JobConfig, key: str, split: str) -> None:
 def list_splits(job_config: JobConfig) -> list[str]:
     """List the splits of a job's images that have no other classes than training; that one first.
 
+    Of `datasets` those that the job names.
+
     Raises:
         ValueError: The images are not there; names the key of the section that does not fit.
     """
@@ -147,6 +153,8 @@ def list_splits(job_config: JobConfig) -> list[str]:
     folder = Path(config.path).expanduser()
     if config.source == "emoji":
         names = SPLITS
+    elif config.source == "datasets":
+        names = tuple(dict.fromkeys([config.train_split, *config.validation_splits]))
     elif is_latent_folder(folder):
         names = tuple(_latent_index(folder).splits)
     else:
@@ -174,6 +182,11 @@ def open_images(job_config: JobConfig, key: str, split: str) -> ImageSet:
     config = _multimodal(job_config)
     if config.source == "emoji":
         return EmojiImages(split, config.class_of, picture_size(config))
+    if config.source == "datasets":
+        # Imported late: `datasets` takes a second, which other runs need not pay.
+        from torchtitan_mixtures.data.image_datasets import DatasetImages
+
+        return DatasetImages(config, key, split, picture_size(config))
     folder = Path(config.path).expanduser()
     if is_latent_folder(folder):
         return LatentImages(folder, split)
@@ -189,6 +202,21 @@ def _multimodal(job_config: JobConfig) -> Multimodal:
 # A start-up looks into the folder several times: for the model, the checks and each loader.
 _class_folders = functools.lru_cache(maxsize=4)(ClassFolders)
 _latent_index = functools.lru_cache(maxsize=4)(LatentIndex.read)
+
+
+def _class_dataset(job_config: JobConfig) -> ClassDataset:
+    from torchtitan_mixtures.data.image_datasets import class_dataset
+
+    config = _multimodal(job_config)
+    dataset = class_dataset(config)
+    section = cast("MixtureJobConfig", job_config).classification
+    if dataset.is_multi_label and not section.multi_label:
+        raise ValueError(
+            f'classification.multi_label = false: multimodal.label_column = "{config.label_column}"'
+            " holds lists of classes; train a classifier and set multi_label to true, or name a "
+            "column with one class per image."
+        )
+    return dataset
 
 
 def _pixel_spec(config: Multimodal, class_names: tuple[str, ...]) -> ImageSpec:

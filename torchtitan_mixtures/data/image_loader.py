@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,6 +12,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
+from torchtitan_mixtures.data.augment import AUGMENTATION_KEYS, Augmentation
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
 from torchtitan_mixtures.data.image_batches import (
     BrokenImageCounter,
@@ -26,6 +27,9 @@ from torchtitan_mixtures.data.loader import multimodal_section, worker_options
 from torchtitan_mixtures.data.sequences import Batch
 from torchtitan_mixtures.data.shards import Share, check_fingerprint
 from torchtitan_mixtures.job_config import Multimodal
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.job_config import MixtureJobConfig
 
 _IDENTITY = (
     "source",
@@ -141,7 +145,8 @@ def build_image_dataloader(
         dp_world_size: Number of data-parallel ranks.
         dp_rank: Index of this one.
         tokenizer: Not used.
-        job_config: The whole configuration; read are its sections multimodal, training and model.
+        job_config: The whole configuration; read are its sections multimodal, training, model and,
+            for a classifier, classification.
 
     Raises:
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
@@ -150,8 +155,15 @@ def build_image_dataloader(
     images = open_images(job_config, "multimodal.train_split", config.train_split)
     collator = _collator(job_config, images, job_config.training.local_batch_size)
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
+    augmentation = None
+    if _is_classifier(job_config):
+        section = cast("MixtureJobConfig", job_config).classification
+        augmentation = Augmentation.of(section)
+        for key in AUGMENTATION_KEYS:
+            fingerprint[f"classification.{key}"] = getattr(section, key)
+    rank = Share(dp_rank, dp_world_size)
     return ImageDataLoader(
-        TrainingImages(images, config, Share(dp_rank, dp_world_size), collator),
+        TrainingImages(images, config, rank, collator, augmentation),
         BrokenImageCounter(config, config.train_split, len(images)),
         {**fingerprint, **images.fingerprint()},
         **worker_options(job_config, "training"),
@@ -188,10 +200,20 @@ def build_image_validation_dataloader(
 
 
 def _collator(job_config: JobConfig, images: ImageSet, batch_size: int) -> Collator:
+    num_tokens = 1  # a classifier is supervised once per image
+    if not _is_classifier(job_config):
+        num_tokens = (image_spec(job_config).size // _model_args(job_config).patch_size) ** 2
+    max_labels = getattr(images, "max_labels", 1)
+    return Collator(images.shape, images.has_std, num_tokens, batch_size, max_labels)
+
+
+def _is_classifier(job_config: JobConfig) -> bool:
+    return getattr(_model_args(job_config), "is_classifier", False)
+
+
+def _model_args(job_config: JobConfig) -> Any:
     model = job_config.model
-    model_args = cast(Any, get_train_spec(model.name).model_args[model.flavor])
-    num_tokens = (image_spec(job_config).size // model_args.patch_size) ** 2
-    return Collator(images.shape, images.has_std, num_tokens, batch_size)
+    return get_train_spec(model.name).model_args[model.flavor]
 
 
 def _make_loader(

@@ -28,12 +28,12 @@ class ClassImage(NamedTuple):
 
     Attributes:
         image: `(channels, height, width)` float32; pixels in [-1, 1], or the mean of latents.
-        label: Number of its class.
+        label: Number of its class, or numbers of its classes where it may have several or none.
         std: Of latents, `(channels, height, width)` float32; None for pixels.
     """
 
     image: Tensor
-    label: int
+    label: int | tuple[int, ...]
     std: Tensor | None = None
 
 

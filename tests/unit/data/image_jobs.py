@@ -11,12 +11,18 @@ import torch
 from PIL import Image
 from torchtitan.config import JobConfig
 
+from torchtitan_mixtures.classifier_config import Classification
 from torchtitan_mixtures.job_config import Multimodal
 
 PATCH_SIZE = 2
 
 
-def make_job(local_batch_size: int = 3, num_workers: int = 0, **multimodal: Any) -> Any:
+def make_job(
+    local_batch_size: int = 3,
+    num_workers: int = 0,
+    classification: dict[str, Any] | None = None,
+    **multimodal: Any,
+) -> Any:
     """The sections that image data reads; the model is a fake of `use_fake_model`."""
     host = JobConfig()
     host.training.local_batch_size = local_batch_size
@@ -28,15 +34,17 @@ def make_job(local_batch_size: int = 3, num_workers: int = 0, **multimodal: Any)
     model = SimpleNamespace(name="fake", flavor="debugmodel")
     return SimpleNamespace(
         multimodal=Multimodal(**multimodal),
+        classification=Classification(**(classification or {})),
         training=host.training,
         validation=host.validation,
         model=model,
     )
 
 
-def use_fake_model(monkeypatch: Any) -> None:
+def use_fake_model(monkeypatch: Any, is_classifier: bool = False) -> None:
     """Let the loaders find a model of patches of `PATCH_SIZE`."""
-    spec = SimpleNamespace(model_args={"debugmodel": SimpleNamespace(patch_size=PATCH_SIZE)})
+    args = SimpleNamespace(patch_size=PATCH_SIZE, is_classifier=is_classifier)
+    spec = SimpleNamespace(model_args={"debugmodel": args})
     monkeypatch.setattr("torchtitan_mixtures.data.image_loader.get_train_spec", lambda name: spec)
 
 

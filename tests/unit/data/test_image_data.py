@@ -79,7 +79,7 @@ def test_concepts_that_were_not_trained_are_refused_as_classes():
     [
         ({"image_size": 24}, r"multimodal.image_size = 24: .* set it to 16, 32, 64"),
         ({"random_flip": True}, r"multimodal.random_flip = true"),
-        ({"source": "datasets"}, r'multimodal.source = "datasets": .*"emoji" or "folder"'),
+        ({"source": "datasets"}, r"multimodal.path is empty: .*must be a hub name"),
         ({"source": "folder"}, r'multimodal.path = "": .* one folder of images per class'),
         ({"source": "folder", "path": "no/such"}, r"multimodal.path = \"no/such\": .* no such"),
         ({"train_split": "unseen_voice"}, r"multimodal.train_split: .*unseen_voice.*are train"),
