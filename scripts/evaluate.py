@@ -2,13 +2,14 @@
 
 On every split of the data. Of a model over tokens: bits per token of each modality, retrieval by
 likelihood between all pairs of modalities among 20 and 100, and the groups of images. Of a
-denoising model: the loss at each fixed noise level.
+denoising model: the loss at each fixed noise level. Of a classifier: accuracy, at any capacities.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,23 @@ import torch
 
 from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checkpoint_loading import find_checkpoint, load_checkpoint, load_model
+from torchtitan_mixtures.evaluation.classification import (
+    evaluate_classification,
+    format_classification,
+    refuse_nested_options,
+)
 from torchtitan_mixtures.evaluation.denoising import evaluate_denoising, format_denoising
 from torchtitan_mixtures.evaluation.report import evaluate, format_report
 from torchtitan_mixtures.sampling.command_line import ProgressBar
 from torchtitan_mixtures.user_errors import one_message
+
+
+def _capacities(text: str) -> list[float]:
+    """Read numbers with commas between."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers with commas between") from None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +60,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=32,
         help="batches of each split for bits per token or losses, -1 for all "
         "(default: %(default)s)",
+    )
+    add(
+        "--capacities",
+        type=_capacities,
+        default=[],
+        help="of a nested classifier: effective capacities, as 0.2,0.4 (default: the run's)",
+    )
+    add(
+        "--routing",
+        choices=("expert_preferred", "argmax", "random"),
+        default="",
+        help="of a nested classifier: another routing than it was trained with",
     )
     add("--seed", type=int, default=0, help="of the things that are drawn (default: %(default)s)")
     add("--device", help="default: the accelerator if there is one, else the CPU")
@@ -77,6 +103,37 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
         unfinished.replace(path)
 
 
+def run(path: Path, options: argparse.Namespace, progress: Callable[[str], None]) -> str:
+    """Evaluate a checkpoint in the way of its family; return the tables."""
+    keep = partial(write_json, options.json)
+    nested = {"capacities": options.capacities, "routing": options.routing}
+    if "modality_names" in checkpoint_config.read(path)["model_args"]:
+        refuse_nested_options(**nested)
+        report = evaluate(
+            load_checkpoint(path, options.device),
+            options.splits,
+            num_items=options.items,
+            max_batches=options.max_batches,
+            seed=options.seed,
+            progress=progress,
+            make_steps=lambda: ProgressBar("          ", sys.stderr),
+            keep=keep,
+        )
+        return format_report(report)
+    loaded = load_model(path, options.device)
+    shared: dict[str, Any] = {
+        "max_batches": options.max_batches,
+        "progress": progress,
+        "keep": keep,
+    }
+    if getattr(loaded.model_args, "is_classifier", False):
+        return format_classification(
+            evaluate_classification(loaded, options.splits, **nested, **shared)
+        )
+    refuse_nested_options(**nested)
+    return format_denoising(evaluate_denoising(loaded, options.splits, **shared))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate as the command line says; the table goes to stdout, progress to stderr."""
     options = parse(arguments)
@@ -86,29 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {message}", file=sys.stderr, flush=True)
 
     with one_message():
-        path = find_checkpoint(options.checkpoint)
-        keep = partial(write_json, options.json)
-        if "modality_names" in checkpoint_config.read(path)["model_args"]:
-            report = evaluate(
-                load_checkpoint(path, options.device),
-                options.splits,
-                num_items=options.items,
-                max_batches=options.max_batches,
-                seed=options.seed,
-                progress=progress,
-                make_steps=lambda: ProgressBar("          ", sys.stderr),
-                keep=keep,
-            )
-            print(format_report(report))
-        else:
-            report = evaluate_denoising(
-                load_model(path, options.device),
-                options.splits,
-                max_batches=options.max_batches,
-                progress=progress,
-                keep=keep,
-            )
-            print(format_denoising(report))
+        print(run(find_checkpoint(options.checkpoint), options, progress))
 
 
 if __name__ == "__main__":
