@@ -57,6 +57,7 @@ class MoNEModelArgs(BaseModelArgs):
     alpha_init: float = 0.0
     alpha_per_layer: bool = False
     tokens_multiple: int = 1  # of the numbers of tokens of larger experts
+    kernels: Literal["plain", "triton"] = "plain"  # of nested layers
 
     head_bias: float = 0.0  # initial
     init_seed: int | None = None  # None: PyTorch's initial seed
@@ -74,6 +75,7 @@ class MoNEModelArgs(BaseModelArgs):
             "routing",
             "alpha_init",
             "tokens_multiple",
+            "kernels",
             "head_bias",
             "init_seed",
         }
@@ -223,7 +225,7 @@ class MoNEModelArgs(BaseModelArgs):
                 setattr(self, key, getattr(nested, key))
         self.shared_router = nested.shared_router or self.shared_router
         self.alpha_per_layer = nested.alpha_per_layer or self.alpha_per_layer
-        self.tokens_multiple = nested.tokens_multiple
+        self.tokens_multiple, self.kernels = nested.tokens_multiple, nested.kernels
 
     def check(self) -> None:
         """Raise ValueError, naming the field, for values and combinations that cannot work."""

@@ -33,6 +33,9 @@ class NestedLinear(nn.Module):
 
     nested_side: str
 
+    uses_triton = False
+    """Whether own kernels compute the layer; `MoNE` sets it."""
+
     def __init__(self, in_features: int, out_features: int, num_experts: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -94,7 +97,8 @@ class NestedLinearExpand(NestedLinear):
             `(batch, seq, out_features)`.
         """
         weight, bias = self.parameters_of_layer()
-        y = nested_expand(x.transpose(0, 1), weight, bias, self._rows(x, budget), self.widths)
+        rows = self._rows(x, budget)
+        y = nested_expand(x.transpose(0, 1), weight, bias, rows, self.widths, self.uses_triton)
         return y.transpose(0, 1)
 
 
@@ -121,5 +125,6 @@ class NestedLinearContract(NestedLinear):
             `(batch, seq, out_features)`.
         """
         weight, bias = self.parameters_of_layer()
-        y = nested_contract(x.transpose(0, 1), weight, bias, self._rows(x, budget), self.widths)
+        rows = self._rows(x, budget)
+        y = nested_contract(x.transpose(0, 1), weight, bias, rows, self.widths, self.uses_triton)
         return y.transpose(0, 1)

@@ -22,7 +22,7 @@ from torchtitan_mixtures.models.common import init
 from torchtitan_mixtures.models.mone.args import MoNEModelArgs
 from torchtitan_mixtures.models.mone.block import NestedBlock
 from torchtitan_mixtures.models.mone.capacity import Budget
-from torchtitan_mixtures.models.mone.layers import INIT_STD
+from torchtitan_mixtures.models.mone.layers import INIT_STD, NestedLinear
 from torchtitan_mixtures.models.mone.routing import ExpertPreferredRouter, Routing, expert_mask
 from torchtitan_mixtures.objectives.outputs import ClassifierOutput, NestedStatistics
 from torchtitan_mixtures.objectives.patches import patchify
@@ -185,6 +185,9 @@ class MoNE(ModelProtocol):
                 for i in range(args.n_layers)
             }
         )
+        for module in self.modules():
+            if isinstance(module, NestedLinear):
+                module.uses_triton = args.kernels == "triton"
         self.norm = nn.LayerNorm(args.dim, eps=args.norm_eps)
         self.pool = TokenMean()
         self.head = nn.Linear(args.dim, args.num_classes)

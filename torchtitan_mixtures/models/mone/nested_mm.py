@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchtitan_mixtures.models.mone import triton_kernels
+
 
 def merge_blocks(rows: Sequence[int], widths: Sequence[int]) -> list[tuple[int, slice]]:
     """Join blocks of columns that the same tokens use, and leave out those that none does.
@@ -52,7 +54,12 @@ def _linear_(out: Tensor, x: Tensor, weight: Tensor, *, adds: bool) -> None:
 
 @torch.library.custom_op("torchtitan_mixtures::nested_expand", mutates_args=())
 def nested_expand(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Sequence[int], widths: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    uses_triton: bool = False,
 ) -> Tensor:
     """A linear layer of whose input each token has the channels of its expert.
 
@@ -62,10 +69,13 @@ def nested_expand(
         bias: `(out,)`.
         rows: Tokens of each expert or a larger one.
         widths: Channels of each expert, the last one's are `in`.
+        uses_triton: Whether kernels of `triton_kernels.py` compute it.
 
     Returns:
         `(seq, batch, out)`.
     """
+    if uses_triton:
+        return triton_kernels.nested_expand_triton(x, weight, bias, rows, widths)
     seq, batch, dim = x.shape
     flat = x.reshape(-1, dim)
     product = x.new_empty(seq * batch, weight.shape[0])
@@ -76,13 +86,25 @@ def nested_expand(
 
 
 @nested_expand.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, rows: Any, widths: Any) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Any,
+    widths: Any,
+    uses_triton: bool = False,
+) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
 
 
 @torch.library.custom_op("torchtitan_mixtures::nested_expand_grads", mutates_args=())
 def nested_expand_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, rows: Sequence[int], widths: Sequence[int]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    uses_triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `nested_expand`.
 
@@ -92,10 +114,13 @@ def nested_expand_grads(
         weight: As there.
         rows: As there.
         widths: As there.
+        uses_triton: As there.
 
     Returns:
         Gradients of `x`, `weight` and `bias`; zero where they were not read.
     """
+    if uses_triton:
+        return triton_kernels.expand_grads(grad, x, weight, rows, widths)
     batch, dim = x.shape[1:]
     flat, flat_grad = x.reshape(-1, dim), grad.reshape(-1, grad.shape[2])
     grad_x, grad_weight = torch.empty_like(flat), torch.zeros_like(weight)
@@ -110,13 +135,25 @@ def nested_expand_grads(
 
 
 @nested_expand_grads.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, rows: Any, widths: Any) -> tuple[Tensor, ...]:
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Any,
+    widths: Any,
+    uses_triton: bool = False,
+) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad.new_empty(grad.shape[2])
 
 
 @torch.library.custom_op("torchtitan_mixtures::nested_contract", mutates_args=())
 def nested_contract(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Sequence[int], widths: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    uses_triton: bool = False,
 ) -> Tensor:
     """A linear layer of whose output each token gets the channels of its expert, and zeros.
 
@@ -126,10 +163,13 @@ def nested_contract(
         bias: `(out,)`.
         rows: Tokens of each expert or a larger one.
         widths: Channels of each expert, the last one's are `out`.
+        uses_triton: Whether kernels of `triton_kernels.py` compute it.
 
     Returns:
         `(seq, batch, out)`.
     """
+    if uses_triton:
+        return triton_kernels.nested_contract_triton(x, weight, bias, rows, widths)
     seq, batch, dim = x.shape
     flat = x.reshape(-1, dim)
     product = x.new_empty(seq * batch, weight.shape[0])
@@ -144,13 +184,25 @@ def nested_contract(
 
 
 @nested_contract.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, rows: Any, widths: Any) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Any,
+    widths: Any,
+    uses_triton: bool = False,
+) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
 
 
 @torch.library.custom_op("torchtitan_mixtures::nested_contract_grads", mutates_args=())
 def nested_contract_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, rows: Sequence[int], widths: Sequence[int]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    uses_triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `nested_contract`.
 
@@ -160,10 +212,13 @@ def nested_contract_grads(
         weight: As there.
         rows: As there.
         widths: As there.
+        uses_triton: As there.
 
     Returns:
         Gradients of `x`, `weight` and `bias`.
     """
+    if uses_triton:
+        return triton_kernels.contract_grads(grad, x, weight, rows, widths)
     batch, dim = x.shape[1:]
     flat, flat_grad = x.reshape(-1, dim), grad.reshape(-1, grad.shape[2])
     grad_x, grad_weight = torch.empty_like(flat), torch.zeros_like(weight)
@@ -179,21 +234,28 @@ def nested_contract_grads(
 
 
 @nested_contract_grads.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, rows: Any, widths: Any) -> tuple[Tensor, ...]:
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Any,
+    widths: Any,
+    uses_triton: bool = False,
+) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad.new_empty(grad.shape[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.rows, ctx.widths = inputs
+    x, weight, _, *ctx.settings = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*nested_expand_grads(grad, *ctx.saved_tensors, ctx.rows, ctx.widths), None, None)
+    return (*nested_expand_grads(grad, *ctx.saved_tensors, *ctx.settings), None, None, None)
 
 
 def _contract_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*nested_contract_grads(grad, *ctx.saved_tensors, ctx.rows, ctx.widths), None, None)
+    return (*nested_contract_grads(grad, *ctx.saved_tensors, *ctx.settings), None, None, None)
 
 
 nested_expand.register_autograd(_expand_backward, setup_context=_setup_context)
@@ -212,27 +274,27 @@ def _area(rows: Sequence[int], widths: Sequence[int]) -> int:
 
 @register_flop_formula(torch.ops.torchtitan_mixtures.nested_expand, get_raw=True)
 def _expand_flops(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Any, widths: Any, **named: Any
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Any, widths: Any, *unused: Any, **named: Any
 ) -> int:
     return 2 * x.shape[1] * _area(rows, widths) * weight.shape[0]
 
 
 @register_flop_formula(torch.ops.torchtitan_mixtures.nested_contract, get_raw=True)
 def _contract_flops(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Any, widths: Any, **named: Any
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Any, widths: Any, *unused: Any, **named: Any
 ) -> int:
     return 2 * x.shape[1] * _area(rows, widths) * weight.shape[1]
 
 
 @register_flop_formula(torch.ops.torchtitan_mixtures.nested_expand_grads, get_raw=True)
 def _expand_grad_flops(
-    grad: Tensor, x: Tensor, weight: Tensor, rows: Any, widths: Any, **named: Any
+    grad: Tensor, x: Tensor, weight: Tensor, rows: Any, widths: Any, *unused: Any, **named: Any
 ) -> int:
     return 4 * x.shape[1] * _area(rows, widths) * weight.shape[0]
 
 
 @register_flop_formula(torch.ops.torchtitan_mixtures.nested_contract_grads, get_raw=True)
 def _contract_grad_flops(
-    grad: Tensor, x: Tensor, weight: Tensor, rows: Any, widths: Any, **named: Any
+    grad: Tensor, x: Tensor, weight: Tensor, rows: Any, widths: Any, *unused: Any, **named: Any
 ) -> int:
     return 4 * x.shape[1] * _area(rows, widths) * weight.shape[1]

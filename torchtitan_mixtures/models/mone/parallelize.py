@@ -286,6 +286,13 @@ def context_parallel_sizes(model_args: BaseModelArgs) -> dict[str, int]:
     return {"heads": cast(MoNEModelArgs, model_args).n_heads}
 
 
+def all_capacities(job_config: MixtureJobConfig, model_args: MoNEModelArgs) -> list[float]:
+    """The capacities of all steps and validations of a job."""
+    config, own = job_config.nested, own_capacity(model_args)
+    schedule = CapacitySchedule(config, job_config.training.steps, 0, own)
+    return sorted({own, *schedule.levels, *config.validation_capacities})
+
+
 def check_context_parallel(job_config: MixtureJobConfig, model_args: MoNEModelArgs) -> None:
     """Check that ranks can share the tokens of every expert, at all capacities of the job.
 
@@ -298,9 +305,7 @@ def check_context_parallel(job_config: MixtureJobConfig, model_args: MoNEModelAr
         raise ValueError(f"{key}: not with pool = 'class_token'; use a flavour with a mean.")
     if not model_args.is_nested or job_config.nested.context_routing == "local":
         return
-    config, own = job_config.nested, own_capacity(model_args)
-    schedule = CapacitySchedule(config, job_config.training.steps, 0, own)
-    for capacity in sorted({own, *schedule.levels, *config.validation_capacities}):
+    for capacity in all_capacities(job_config, model_args):
         try:
             model_args.budget(capacity).share_of_rank(degree)
         except ValueError as error:
@@ -338,4 +343,8 @@ def parallelize_mone(
     """Apply the job's parallelism to a MoNE or ViT; see `torchtitan_mixtures.parallelize`."""
     # TorchTitan's trainer does not prepare classes.
     require_checked(job_config, "a model of images")
+    capacities = all_capacities(cast(MixtureJobConfig, job_config), cast(MoNE, model).model_args)
+    # A graph for each, in training and in validation; dynamo would give up after eight.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(capacities) + 2)
     return parallelize(model, parallel_dims, job_config, CUTS)
