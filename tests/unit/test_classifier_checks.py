@@ -37,8 +37,8 @@ CAPACITIES = "--nested.validation_capacities"
             r"start_capacity = 0\.4: must be nested\.capacity = 0\.5 or more",
         ),
         (
-            ["--nested.schedule=linear", "--nested.allocation=uniform", "--nested.capacity=0"],
-            r"nested\.validation_capacities = .* allocation = 'uniform' has an effective capacity",
+            ["--nested.allocation=uniform", "--nested.capacity=0", CAPACITIES, "0.3"],
+            r"validation_capacities = \[0\.3\]: .* allocation = 'uniform' has an effective capa",
         ),
         ([*DENSE, "--nested.same_flops"], r"same_flops = True: model\.flavor = 'debugmodel_dense'"),
         ([*DENSE[:2], CAPACITIES, "1.0"], r"validation_capacities = \[1\.0\]: .* has no nested"),
