@@ -2,7 +2,7 @@
 
 They compute what `nested_mm` does with one product per block of columns. Tokens are sorted, those
 of the largest expert first, so that what is used of `(tokens, channels)` is a staircase. A tile of
-a product makes no step outside it:
+a product makes no step that is wholly outside it (widths below a tile's pay for a whole one):
 
     - expand: its loop over channels ends at the width of its first token, which has the most; the
       channels that other tokens of the tile do not have count as zeros.

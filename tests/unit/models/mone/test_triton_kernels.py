@@ -213,7 +213,12 @@ def test_memory_may_have_any_layout(steps, kind):
     layouts = [
         [x.transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t(), bias, grad],
         [x.repeat(1, 1, 2)[..., : x.shape[2]], weight.repeat(1, 2)[:, : x.shape[2]], bias, grad],
-        [x.transpose(0, 2).contiguous().transpose(0, 2), weight, bias, grad],
+        [
+            x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+            weight,
+            bias,
+            grad,
+        ],  # channels far apart
     ]
     for inputs in layouts:
         ours = kernel_results(kind, inputs, rows, widths, SMALL)
