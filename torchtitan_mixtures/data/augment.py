@@ -10,21 +10,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchtitan.config import JobConfig
 
 from torchtitan_mixtures.classifier_config import Classification
-from torchtitan_mixtures.data.latents import is_latent_folder
 from torchtitan_mixtures.data.rand_augment import rand_augment
 from torchtitan_mixtures.data.sources import document_rng
-
-if TYPE_CHECKING:
-    from torchtitan_mixtures.job_config import MixtureJobConfig
 
 _TRIALS = 10
 """Rectangles that are drawn until one fits into the picture."""
@@ -38,11 +31,11 @@ _ERASED_ASPECTS = (0.3, 3.3)
 class Augmentation:
     """How training images are changed: keys of `[classification]`, which say what they mean."""
 
-    random_crop: float = 1.0
-    rand_augment_ops: int = 0
-    rand_augment_magnitude: float = 9.0
-    rand_augment_share: float = 1.0
-    random_erasing: float = 0.0
+    random_crop: float
+    rand_augment_ops: int
+    rand_augment_magnitude: float
+    rand_augment_share: float
+    random_erasing: float
 
     @staticmethod
     def of(config: Classification) -> Augmentation:
@@ -76,43 +69,6 @@ class Augmentation:
 
 AUGMENTATION_KEYS = tuple(field.name for field in fields(Augmentation))
 """Keys of `[classification]` on which the samples of a classifier depend."""
-
-
-def check_augmentation(job_config: JobConfig, model_args: Any) -> None:
-    """Check that the keys of `[classification]` are for models and images that they can be for.
-
-    Args:
-        job_config: The whole configuration; read are its sections classification, multimodal and
-            model.
-        model_args: Arguments of the flavour.
-
-    Raises:
-        ValueError: The model is no classifier, or images are latents but their pixels would be
-            changed; names the key.
-    """
-    job = cast("MixtureJobConfig", job_config)
-    defaults = Classification()
-    changed = {
-        field.name: value
-        for field in fields(Classification)
-        if (value := getattr(job.classification, field.name)) != getattr(defaults, field.name)
-    }
-    if not getattr(model_args, "is_classifier", False):
-        for key, value in changed.items():
-            raise ValueError(
-                f"classification.{key} = {value!r}: model.name = {job.model.name!r} is no "
-                "classifier of images; remove the key."
-            )
-        return
-    data = job.multimodal
-    is_latents = data.source == "folder" and is_latent_folder(Path(data.path).expanduser())
-    for key in AUGMENTATION_KEYS:
-        if key in changed and (data.vae or is_latents):
-            where = f'multimodal.vae = "{data.vae}"' if data.vae else f'path = "{data.path}"'
-            raise ValueError(
-                f"classification.{key} = {changed[key]}: changes pixels, but {where} makes the "
-                "model see latents; remove the key, or train on pictures."
-            )
 
 
 def random_crop(image: Tensor, rng: random.Random, least_area: float) -> Tensor:

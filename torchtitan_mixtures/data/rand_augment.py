@@ -34,7 +34,6 @@ _MAX_ENHANCEMENT = 0.9
 _MAX_LOST_BITS = 4
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey
-_SMOOTH = ((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0))
 
 
 def rand_augment(image: Tensor, rng: random.Random, num_ops: int, magnitude: float) -> Tensor:
@@ -115,8 +114,9 @@ def sharpness(levels: Tensor, share: float) -> Tensor:
     """Sharpen or blur; the outermost pixels stay as they are."""
     blurred = levels.clone()
     if min(levels.shape[1:]) > 2:
-        kernel = torch.tensor(_SMOOTH).div(13).expand(3, 1, 3, 3)
-        blurred[:, 1:-1, 1:-1] = _whole(F.conv2d(levels, kernel, groups=3))
+        # Pillow's filter: the middle pixel weighs 5, its eight neighbours 1 each.
+        around = F.avg_pool2d(levels, 3, stride=1) * 9 + levels[:, 1:-1, 1:-1] * 4
+        blurred[:, 1:-1, 1:-1] = _whole(around / 13)
     return _enhance(levels, blurred, share)
 
 
