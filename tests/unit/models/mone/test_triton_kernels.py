@@ -210,15 +210,11 @@ def test_memory_may_have_any_layout(steps, kind):
     x, weight, bias, grad = make_inputs(kind, 9, 2, 48, 20)
     grad = grad[:1, :1].expand(grad.shape)  # strides of zero, as a mean leaves them
     expected = kernel_results(kind, [x, weight, bias, grad.contiguous()], rows, widths, SMALL)
+    channels_far_apart = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     layouts = [
         [x.transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t(), bias, grad],
         [x.repeat(1, 1, 2)[..., : x.shape[2]], weight.repeat(1, 2)[:, : x.shape[2]], bias, grad],
-        [
-            x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-            weight,
-            bias,
-            grad,
-        ],  # channels far apart
+        [channels_far_apart, weight, bias, grad],
     ]
     for inputs in layouts:
         ours = kernel_results(kind, inputs, rows, widths, SMALL)
