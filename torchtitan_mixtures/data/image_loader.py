@@ -203,8 +203,7 @@ def _collator(job_config: JobConfig, images: ImageSet, batch_size: int) -> Colla
     num_tokens = 1  # a classifier is supervised once per image
     if not _is_classifier(job_config):
         num_tokens = (image_spec(job_config).size // _model_args(job_config).patch_size) ** 2
-    max_labels = getattr(images, "max_labels", 1)
-    return Collator(images.shape, images.has_std, num_tokens, batch_size, max_labels)
+    return Collator(images.shape, images.has_std, num_tokens, batch_size, images.max_labels)
 
 
 def _is_classifier(job_config: JobConfig) -> bool:

@@ -46,6 +46,9 @@ class ImageSet(Protocol):
     has_std: bool
     """Whether images are latents with a standard deviation."""
 
+    max_labels: int
+    """Classes of an image at most; 1 = it has exactly one."""
+
     def __len__(self) -> int:
         """Count the images."""
         ...
@@ -94,6 +97,7 @@ class EmojiImages:
     """
 
     has_std = False
+    max_labels = 1
 
     def __init__(self, split: str, class_of: Literal["group", "concept"], size: int) -> None:
         self._corpus = EmojiCorpus.load()
@@ -229,6 +233,7 @@ class FolderImages:
     """
 
     has_std = False
+    max_labels = 1
 
     def __init__(self, folders: ClassFolders, split: str, size: int) -> None:
         self._root = folders.path / split if folders.is_divided else folders.path

@@ -132,6 +132,7 @@ class LatentImages:
     """
 
     has_std = True
+    max_labels = 1
 
     def __init__(self, folder: Path, split: str) -> None:
         self._folder = folder
