@@ -265,6 +265,9 @@ def _learned_with(job_config: dict[str, Any]) -> dict[str, Any]:
     if objective.get("kind") == "ddpm":
         keys += ["noise_steps", "noise_schedule", "learned_variance"]
     found = {f"objective.{key}": objective[key] for key in keys if key in objective}
+    classification = job_config.get("classification", {})
+    if "multi_label" in classification:
+        found["classification.multi_label"] = classification["multi_label"]
     return {**found, "multimodal.vae": data.get("vae", "")}
 
 

@@ -7,7 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from torchtitan_mixtures.models.mone import triton_kernels
+from torchtitan_mixtures.models.mone import mone_args, triton_kernels
+from torchtitan_mixtures.models.mone.capacity import Budget
+from torchtitan_mixtures.models.mone.layers import (
+    NestedLinear,
+    NestedLinearContract,
+    NestedLinearExpand,
+)
+from torchtitan_mixtures.models.mone.model import MoNE
 from torchtitan_mixtures.models.mone.triton_kernels import (
     Tiles,
     contract_grads,
@@ -326,3 +333,28 @@ def test_a_gpu_computes_the_same(programs, kind, dtype):
     ours = [tensor.cpu() for tensor in kernel_results(kind, on_gpu, rows, widths, Tiles())]
     precision = torch.finfo(dtype).eps
     assert_close(ours, naive_results(kind, inputs, rows, widths), rtol=precision, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_use_the_kernels_are_the_plain_ones(kind, steps):
+    layer_class = {"expand": NestedLinearExpand, "contract": NestedLinearContract}[kind]
+    x = torch.randn(2, 9, 16)
+    layer, budget = layer_class(16, 16, 2), Budget((4, 5))
+    results = []
+    for layer.uses_triton in (False, True):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, budget)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, layer.weight.grad, layer.bias.grad])
+    assert steps
+    for plain, own in zip(*results, strict=True):
+        torch.testing.assert_close(own, plain)
+
+
+def test_a_job_hands_its_choice_to_every_layer():
+    args = mone_args["debugmodel"]
+    args.kernels = "triton"
+    layers = [m for m in MoNE(args).modules() if isinstance(m, NestedLinear)]
+    assert len(layers) == 4 * args.n_layers
+    assert all(layer.uses_triton for layer in layers)
