@@ -51,26 +51,38 @@ def check_huggingface(config: Config, args: MoNEModelArgs) -> None:
     kind = config.get("model_type")
     if kind != "vit":
         raise ValueError(f"model_type = {kind!r} in config.json: only ViTs ('vit') are imported.")
-    expected = {
+    expected = {  # key: (what it is without the key, what it is to be)
+        "hidden_size": (768, args.dim),
+        "num_hidden_layers": (12, args.n_layers),
+        "num_attention_heads": (12, args.n_heads),
+        "intermediate_size": (3072, args.hidden_dim),
+        "patch_size": (16, args.patch_size),
+        "num_channels": (3, args.in_channels),
+        "layer_norm_eps": (1e-12, args.norm_eps),
         "hidden_act": ("gelu", "gelu"),
         "qkv_bias": (True, True),
-        "num_attention_heads": (12, args.n_heads),
-        "layer_norm_eps": (1e-12, args.norm_eps),
     }
+    found = {key: _side(config.get(key, default)) for key, (default, _) in expected.items()}
     problems = [
-        f"{key} = {config.get(key, default)!r} (here {ours!r})"
-        for key, (default, ours) in expected.items()
-        if config.get(key, default) != ours
+        f"{key} = {value!r} (here {expected[key][1]!r})"
+        for key, value in found.items()
+        if value != expected[key][1]
     ]
-    for key in ("image_size", "patch_size"):
-        value = config.get(key)
-        if isinstance(value, list) and len(set(value)) != 1:
-            problems.append(f"{key} = {value} (here squares)")
+    if isinstance(size := _side(config.get("image_size", 224)), list):
+        problems.append(f"image_size = {size} (here squares)")
+    if args.pool != "class_token":
+        problems.append("a class token for the head (here the mean of tokens)")
     if problems:
         raise ValueError(
-            f"config.json: {', '.join(problems)}; the model computes something else. Choose "
-            "another model.flavor if it is one of heads or norms, else it cannot be imported."
+            f"config.json: {', '.join(problems)}; that is another model. Choose another "
+            "model.flavor (published ViTs are of those that end in -cls); with an activation or "
+            "biases other than here it cannot be imported."
         )
+
+
+def _side(value: Any) -> Any:
+    """The one number of `[n, n]`."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
 def check_timm(config: Config, args: MoNEModelArgs) -> None:
@@ -99,8 +111,8 @@ def check_timm(config: Config, args: MoNEModelArgs) -> None:
         problems.append(f"architecture = {architecture!r} (here gelu)")
     if problems:
         raise ValueError(
-            f"config.json: {', '.join(problems)}; the model computes something else. Choose "
-            "another model.flavor if it is one of heads or pooling, else it cannot be imported."
+            f"config.json: {', '.join(problems)}; that is another model. Choose another "
+            "model.flavor if heads or pooling differ, else it cannot be imported."
         )
 
 
