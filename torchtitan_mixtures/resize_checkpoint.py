@@ -1,21 +1,19 @@
 """A checkpoint for images of another size, out of one whose weights depend on the size.
 
-Token mixers have a weight for every pair of positions; a model of another resolution starts from
-them resized. The result holds weights only, to be loaded with `checkpoint.initial_load_path`.
+Token mixers have a weight for every pair of positions, vision transformers a vector for each; a
+model of another resolution starts from them resized. The result holds weights only, to be loaded
+with `checkpoint.initial_load_path`.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torchtitan.protocols.train_spec import get_train_spec
 
-from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checkpoint_loading import load_model
+from torchtitan_mixtures.checkpoint_writing import check_out, write_weights
 
 
 def resize_checkpoint(source: Path, image_size: int, out: Path, *, averaged: bool = True) -> Path:
@@ -34,8 +32,7 @@ def resize_checkpoint(source: Path, image_size: int, out: Path, *, averaged: boo
         ValueError: The model's weights do not depend on the size of images, the size does not fit
             the model, or `out` is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; name another one.")
+    check_out(out)
     loaded = load_model(source, averaged=averaged)
     model_cls = get_train_spec(loaded.job_config.model.name).model_cls
     resize = getattr(model_cls, "resize_state_dict", None)
@@ -51,11 +48,5 @@ def resize_checkpoint(source: Path, image_size: int, out: Path, *, averaged: boo
     state = resize(state, loaded.model_args, args)
     job_config = copy.deepcopy(loaded.job_config)
     job_config.multimodal.image_size = image_size
-    job_config.ema.decay = 0.0  # it has no average of its own
-    checkpoint_config.write(out, job_config, args, weights_only=True)
-    with warnings.catch_warnings():
-        # One process is what is meant; DCP finds that worth a warning.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        with torch.no_grad():
-            dcp.save(state, checkpoint_id=out, no_dist=True)
+    write_weights(out, job_config, args, state)
     return out

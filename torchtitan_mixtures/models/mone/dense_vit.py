@@ -30,7 +30,6 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchtitan.tools.logging import logger
 
@@ -38,6 +37,7 @@ from torchtitan_mixtures.models.mone.args import MoNEModelArgs
 from torchtitan_mixtures.models.mone.capacity import expert_widths
 from torchtitan_mixtures.models.mone.dense_vit_checks import check_head, check_names, check_sizes
 from torchtitan_mixtures.models.mone.model import MoNE
+from torchtitan_mixtures.models.mone.resize import resize_positions
 
 State = dict[str, Tensor]
 
@@ -231,26 +231,6 @@ def from_timm(
         )
     ours = _checked(state, args, _TIMM, to_timm, new_head)
     return _with_our_layout(ours, args, new_size)
-
-
-def resize_positions(positions: Tensor, num_full_tokens: int, num_tokens: int) -> Tensor:
-    """Interpolate positions for another number of patches, bicubic as transformers does.
-
-    Args:
-        positions: `(full tokens + patches, dim)`; patches are a square.
-        num_full_tokens: Tokens at the front that are no patches.
-        num_tokens: New number of patches, a square.
-
-    Returns:
-        `(full tokens + num_tokens, dim)`.
-    """
-    front, patches = positions[:num_full_tokens], positions[num_full_tokens:]
-    if len(patches) == num_tokens:
-        return positions
-    old, new = math.isqrt(len(patches)), math.isqrt(num_tokens)
-    grid = patches.t().unflatten(1, (old, old))[None]  # (1, dim, rows, columns)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([front, grid[0].flatten(1).t()])
 
 
 def _require_class_token(args: MoNEModelArgs) -> None:

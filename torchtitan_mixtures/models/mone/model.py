@@ -23,6 +23,7 @@ from torchtitan_mixtures.models.mone.args import MoNEModelArgs
 from torchtitan_mixtures.models.mone.block import NestedBlock
 from torchtitan_mixtures.models.mone.capacity import Budget
 from torchtitan_mixtures.models.mone.layers import INIT_STD, NestedLinear
+from torchtitan_mixtures.models.mone.resize import resize_state_dict
 from torchtitan_mixtures.models.mone.routing import ExpertPreferredRouter, Routing, expert_mask
 from torchtitan_mixtures.objectives.outputs import ClassifierOutput, NestedStatistics
 from torchtitan_mixtures.objectives.patches import patchify
@@ -152,6 +153,9 @@ class MoNE(ModelProtocol):
         head.weight         (classes, dim)
         head.bias           (classes,)
     """
+
+    resize_state_dict = staticmethod(resize_state_dict)
+    """How weights become those of a model for images of another size."""
 
     def __init__(self, model_args: MoNEModelArgs) -> None:
         super().__init__(model_args)

@@ -19,11 +19,11 @@ from torchtitan_mixtures.models.mone.dense_vit import (
     dense_twin,
     from_huggingface,
     from_timm,
-    resize_positions,
     to_huggingface,
     to_timm,
 )
 from torchtitan_mixtures.models.mone.model import MoNE
+from torchtitan_mixtures.models.mone.resize import resize_positions
 
 SIZES = {
     "dim": 32, "n_layers": 3, "n_heads": 4, "patch_size": 4, "image_size": 16, "num_classes": 5,
