@@ -227,16 +227,15 @@ def test_an_offset_of_zero_is_none():
     assert torch.equal(block(x, budget, torch.zeros(3, 8, 1).double()), block(x, budget))
 
 
-def test_a_small_offset_is_not_lost_in_bfloat16():
-    block = block_of().bfloat16()
-    x, budget = randn(2, 64, DIM).bfloat16(), Budget((0, 0, 0, 64))
-    offset = torch.full((2, 64, 1), 0.003)  # 1.003 is 1 in bfloat16
-    exact = block_of()
-    exact.load_state_dict({k: v.double() for k, v in block.state_dict().items()})
-    moved = (exact(x.double(), budget, offset.double()) - exact(x.double(), budget)).sum()
-    with torch.no_grad():
-        found = (block(x, budget, offset).double() - block(x, budget).double()).sum()
-    assert found.item() == pytest.approx(moved.item(), rel=0.5)
+def test_a_small_offset_is_not_lost_under_autocast():
+    block = block_of().float()
+    x, budget = randn(2, 8, DIM).float(), Budget((2, 1, 3, 2))
+    offset = torch.full((2, 8, 1), 0.003)  # 1.003 is 1 in bfloat16
+    expected = block(x, budget, offset) - block(x, budget)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = block(x, budget, offset) - block(x, budget)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 def test_the_example_of_the_seed_runs():
