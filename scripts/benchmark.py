@@ -19,6 +19,7 @@ from pathlib import Path
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 import benchmark_mom  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mone  # pyrefly: ignore [missing-import]
 import benchmark_mot  # pyrefly: ignore [missing-import]
 import benchmark_parallel  # pyrefly: ignore [missing-import]
 import benchmark_sampling  # pyrefly: ignore [missing-import]
@@ -51,6 +52,18 @@ def add_mom(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_mom.ROWS
 
 
+def add_mone(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """Flags of the family's own; its rows."""
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=benchmark_mone.SIZES, help="default: both")
+    add("--dtypes", nargs="+", choices=list(benchmark_mone.DTYPES), help="default: both")
+    add("--modes", nargs="+", choices=["eager", "compiled"], help="of block rows")
+    add("--capacities", nargs="+", type=float, help="effective ones, 0.125 to 1")
+    add("--batch", type=int, default=benchmark_mone.BATCH, help="images")
+    add("--layers", type=int, default=benchmark_mone.LAYERS, help="of models; all: 12")
+    return benchmark_mone.ROWS
+
+
 def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     """Flags of the layouts of two processes; their rows."""
     layouts = list(benchmark_parallel.LAYOUTS)
@@ -58,7 +71,7 @@ def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_parallel.ROWS
 
 
-FAMILIES = {"mot": add_mot, "mom": add_mom, "parallel": add_parallel}
+FAMILIES = {"mot": add_mot, "mom": add_mom, "mone": add_mone, "parallel": add_parallel}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -5,8 +5,11 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -243,3 +246,118 @@ def test_output_is_printed_and_written_as_json(scripts, monkeypatch, capsys, tmp
     assert "measured on:" in printed and "some row" in printed
     content = json.loads((tmp_path / "numbers.json").read_text())
     assert content["tables"][0]["rows"] == [{"variant": "dense", "ratio": 1.0}]
+
+
+@pytest.fixture
+def tiny_mone(scripts, monkeypatch) -> tuple[ModuleType, argparse.Namespace]:
+    """Rows of mone, in which B/16 is a model of milliseconds, and what asks for it."""
+    mone = importlib.import_module("benchmark_mone")
+    nested = mone.MoNEModelArgs(
+        dim=32, n_layers=2, n_heads=2, patch_size=4, image_size=16, num_classes=5
+    )
+    table = {"B/16": nested, "ViT-B/16": replace(nested, num_experts=1)}
+    monkeypatch.setattr(mone, "get_train_spec", lambda family: SimpleNamespace(model_args=table))
+    flags = "mone --quick --sizes B/16 --capacities 0.3 1 --batch 2 --rounds 2 --layers 1"
+    return mone, scripts[0].parse(flags.split())
+
+
+def of_variants(table: measure.Table, key: str) -> dict[str, Any]:
+    """One number of each variant."""
+    return {str(record["variant"]): record[key] for record in table.records}
+
+
+@pytest.mark.parametrize("row", ["block", "forward", "training"])
+def test_nested_models_and_blocks_are_timed_beside_dense_ones(tiny_mone, row):
+    mone, options = tiny_mone
+    tables = list(mone.ROWS[row](options, CPU))
+    assert [table.title.split(", ")[-2] for table in tables] == ["fp32", "bf16"]
+    assert all("2 images" in table.title for table in tables)
+    assert all(("1 of 2 layers" in table.title) == (row != "block") for table in tables)
+    for table in tables:
+        times, macs = of_variants(table, "ratio"), of_variants(table, "mac_ratio")
+        others = ["PyTorch's layer"] if row == "block" else []
+        assert list(times) == ["dense", "dense again", *others, "nested 0.3", "nested 1"]
+        assert all(math.isfinite(x) and x > 0 for spread in times.values() for x in spread)
+        assert times["dense"] == [1.0, 1.0, 1.0]
+        assert macs["dense again"] == 1 < macs["nested 0.3"]
+        # A model of capacity 1 still has its router; a block does not.
+        assert macs["nested 1"] == pytest.approx(1, abs=0.02)
+        # 16 tokens: 7, 5, 3 and 1 of 4, 8, 16 and 32 channels.
+        assert of_variants(table, "effective_capacity")["nested 0.3"] == (28 + 40 + 48 + 32) / 512
+
+
+@pytest.mark.parametrize(
+    ("layers", "milliseconds", "verdict"),
+    [(2, 10.0, "aim met"), (2, 12.0, "met"), (2, 13.0, "MISSED"), (1, 10.0, "")],
+)
+def test_the_throughput_of_a_step_of_the_whole_model_is_judged(
+    tiny_mone, monkeypatch, layers, milliseconds, verdict
+):
+    mone, options = tiny_mone
+    options.layers, options.dtypes = layers, ["fp32"]
+
+    def timed(runs: Iterable[str], *unused: Any, **named: Any) -> dict[str, list[float]]:
+        return {name: [0.024 if "dense" in name else milliseconds / 1000] for name in runs}
+
+    monkeypatch.setattr(measure, "time_interleaved", timed)
+    (table,) = mone.measure_training(options, CPU)
+    assert {row[0]: row[-1] for row in table.rows}["nested 0.3"] == verdict
+    assert {row[-1] for row in table.rows if row[0] != "nested 0.3"} == {""}
+    assert ("cut short" in str(table)) == (layers == 1)
+    (table,) = mone.measure_forward(options, CPU)
+    assert {row[-1] for row in table.rows} == {""}
+
+
+def test_counted_multiply_adds_of_nested_models_equal_the_formula(tiny_mone):
+    mone, options = tiny_mone
+    (table,) = mone.measure_flops(options, CPU)
+    counted = of_variants(table, "macs_counted")
+    assert counted == of_variants(table, "macs_formula")
+    assert "DIFFERS" not in str(table)
+    assert counted["nested 0.3"] < counted["dense"] < counted["nested 1"]
+
+
+def test_a_nested_model_reads_nothing_and_has_a_graph_for_each_capacity(scripts, monkeypatch):
+    mone = importlib.import_module("benchmark_mone")
+    twins = mone.twins
+    small = {"image_size": 64, "num_classes": 5}
+    monkeypatch.setattr(
+        mone, "twins", lambda *of: tuple(replace(args, **small) for args in twins(*of))
+    )
+    options = scripts[0].parse(["mone", "--capacities", "0.3", "0.6"])
+    (table,) = mone.measure_counts(options, CPU)
+    assert set(of_variants(table, "host_reads").values()) == {0}
+    assert set(of_variants(table, "graph_breaks").values()) == {0}
+    assert of_variants(table, "graphs") == {
+        "dense": 1, "nested 0.3": 1, "nested 0.6": 1, "these 2 in turn": 2,
+    }  # fmt: skip
+
+
+def test_steps_in_bfloat16_update_weights_of_float32(tiny_mone):
+    mone, _ = tiny_mone
+    _, nested = mone.twins("B/16", None)
+    training = mone.Training(nested, torch.bfloat16, 2, CPU)
+    before = [p.detach().clone() for p in training.masters]
+    training.step(nested.budget(0.3))
+    changes = [(p - b).abs().max() for p, b in zip(training.masters, before, strict=True)]
+    assert all(p.dtype == torch.float32 for p in training.masters)
+    # One step of Adam moves every weight that has a gradient by the learning rate, 1e-4, which
+    # most weights of bfloat16 are too coarse for.
+    assert all(change > 5e-5 for change in changes)
+    for parameter, master in zip(training.parameters, training.masters, strict=True):
+        assert torch.equal(parameter, master.bfloat16())
+
+
+def test_rows_and_sizes_of_mone_are_those_of_its_issue(scripts):
+    benchmark, _ = scripts
+    mone = importlib.import_module("benchmark_mone")
+    options = benchmark.parse(["mone"])
+    assert list(options.table) == ["block", "forward", "training", "flops", "counts", "startup"]
+    assert (options.batch, mone.MUST, mone.AIM) == (16, 1.9, 2.2)
+    assert mone.capacities(options) == [0.2, 0.3, 0.4, 0.6, 0.8, 1.0]
+    assert mone.cases(options) == [
+        ("S/16", "fp32"), ("S/16", "bf16"), ("B/16", "fp32"), ("B/16", "bf16"),
+    ]  # fmt: skip
+    dense, nested = mone.twins("B/16", 3)
+    assert (dense.dim, dense.n_layers, dense.num_experts) == (768, 3, 1)
+    assert (nested.dim, nested.n_layers, nested.num_experts) == (768, 3, 4)
