@@ -193,6 +193,7 @@ def test_capacities_out_of_range_are_refused(capacity):
         (12, 11, 1, (11,)),
         (5, 0, 5, (0, 1, 2, 3, 4)),
         (5, 1, 3, (1, 2, 3)),
+        (5, 0, 3, (0, 1, 3)),
     ],
 )
 def test_routers_are_spread_evenly(layers, first, routers, expected):

@@ -270,6 +270,7 @@ def test_budgets_never_cost_more_than_their_capacity_and_little_less():
 def test_a_capacity_that_is_a_whole_number_of_tokens_is_not_rounded_down():
     assert count_tokens(compute_capacity_distribution(0.46875, 4), 196).tokens == (49,) * 4
     assert count_tokens((0.1, 0.2, 0.7), 10).tokens == (1, 2, 7)
+    assert count_tokens((0.71, 0.29), 100).tokens == (71, 29)  # 0.29 * 100 is a little below 29
     assert count_tokens(compute_capacity_distribution(0.75, 2), 64).tokens == (32, 32)
 
 

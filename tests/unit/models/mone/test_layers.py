@@ -53,7 +53,13 @@ def test_layers_without_tokens_of_an_expert_still_have_gradients_for_all_columns
 @pytest.mark.parametrize("kind", [NestedLinearExpand, NestedLinearContract])
 @pytest.mark.parametrize(
     "budget",
-    [Budget((2, 0, 3)), Budget((2, 0, 3, 2)), Budget((6, 0, 0, 1)), Budget((0, 0, 0, 2), 4)],
+    [
+        Budget((2, 0, 3)),
+        Budget((2, 1, 3)),
+        Budget((2, 0, 3, 2)),
+        Budget((6, 0, 0, 1)),
+        Budget((0, 0, 0, 2), 4),
+    ],
     ids=str,
 )
 def test_budgets_of_other_tokens_or_experts_are_refused(kind, budget):
