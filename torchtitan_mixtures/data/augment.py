@@ -1,8 +1,8 @@
 """Random changes of the training images of a classifier: crops, RandAugment and erasing.
 
-They are made of the square pictures that models see, and after mirroring (`multimodal.random_flip`)
-in this order. What is drawn for a sample follows from the seed and its number alone, so it is the
-same on any rank, in any worker and after a resume.
+A crop is of the picture as its file has it; what follows is of the square that the model sees,
+after mirroring (`multimodal.random_flip`). What is drawn for a sample follows from the seed and its
+number alone, so it is the same on any rank, in any worker and after a resume.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import random
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_mixtures.classifier_config import Classification
+from torchtitan_mixtures.data.image_files import Crop, Rectangle
 from torchtitan_mixtures.data.rand_augment import rand_augment
 from torchtitan_mixtures.data.sources import document_rng
 
@@ -42,8 +42,20 @@ class Augmentation:
         """Take the keys of a section."""
         return Augmentation(**{key: getattr(config, key) for key in AUGMENTATION_KEYS})
 
+    def crop(self, seed: int, number: int) -> Crop | None:
+        """Choose what is seen of a picture: its area evenly, its aspect evenly in the logarithm.
+
+        Args:
+            seed: `multimodal.seed`.
+            number: Of the sample in the run.
+        """
+        if self.random_crop == 1:
+            return None
+        rng, areas = document_rng(seed, number, "crop"), (self.random_crop, 1.0)
+        return lambda height, width: _draw_rectangle(height, width, rng, areas, _CROP_ASPECTS)
+
     def apply(self, image: Tensor, seed: int, number: int) -> Tensor:
-        """Change an image.
+        """Change an image that was cropped.
 
         Args:
             image: Pixels in [-1, 1], `(3, height, width)`; stays as it is.
@@ -53,8 +65,6 @@ class Augmentation:
         Returns:
             Like `image`.
         """
-        if self.random_crop < 1:
-            image = random_crop(image, document_rng(seed, number, "crop"), self.random_crop)
         if self.rand_augment_ops:
             rng = document_rng(seed, number, "rand_augment")
             if rng.random() < self.rand_augment_share:
@@ -71,38 +81,18 @@ AUGMENTATION_KEYS = tuple(field.name for field in fields(Augmentation))
 """Keys of `[classification]` on which the samples of a classifier depend."""
 
 
-def random_crop(image: Tensor, rng: random.Random, least_area: float) -> Tensor:
-    """Cut out a random rectangle and scale it to the size of the picture, by bicubic interpolation.
-
-    Args:
-        image: Pixels in [-1, 1], `(3, height, width)`.
-        rng: Draws the rectangle: its share of the area evenly, its aspect evenly in the logarithm.
-        least_area: Least share.
-
-    Returns:
-        Like `image`.
-    """
-    rectangle = _draw_rectangle(image, rng, (least_area, 1), _CROP_ASPECTS)
-    if rectangle is None:
-        return image
-    top, left, height, width = rectangle
-    part = image[None, :, top : top + height, left : left + width]
-    size = image.shape[1:]
-    scaled = F.interpolate(part, size, mode="bicubic", align_corners=False, antialias=True)[0]
-    return scaled.clamp(-1, 1)  # bicubic interpolation overshoots
-
-
 def random_erasing(image: Tensor, rng: random.Random) -> Tensor:
     """Replace a random rectangle by even noise (Zhong et al. 2017, arXiv 1708.04896, algorithm 1).
 
     Args:
         image: Pixels in [-1, 1], `(3, height, width)`.
-        rng: Draws the rectangle, as that of `random_crop`, and the noise.
+        rng: Draws the rectangle, as that of a crop, and the noise.
 
     Returns:
         Like `image`.
     """
-    rectangle = _draw_rectangle(image, rng, _ERASED_AREAS, _ERASED_ASPECTS)
+    full_height, full_width = image.shape[1:]
+    rectangle = _draw_rectangle(full_height, full_width, rng, _ERASED_AREAS, _ERASED_ASPECTS)
     if rectangle is None:
         return image
     top, left, height, width = rectangle
@@ -114,13 +104,13 @@ def random_erasing(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def _draw_rectangle(
-    image: Tensor,
+    full_height: int,
+    full_width: int,
     rng: random.Random,
     areas: tuple[float, float],
     aspects: tuple[float, float],
-) -> tuple[int, int, int, int] | None:
-    """Draw top, left, height and width; None if those that were drawn do not fit."""
-    full_height, full_width = image.shape[1:]
+) -> Rectangle | None:
+    """Draw a rectangle; None if those that were drawn do not fit."""
     for _ in range(_TRIALS):
         area = rng.uniform(*areas) * full_height * full_width
         aspect = math.exp(rng.uniform(*map(math.log, aspects)))

@@ -211,11 +211,16 @@ class TrainingImages(IterableDataset):
         is_flipped = False
         if self._config.random_flip:
             is_flipped = document_rng(self._config.seed, number, "flip").random() < 0.5
+        crop = (
+            None
+            if self._augmentation is None
+            else self._augmentation.crop(self._config.seed, number)
+        )
         broken = []
         for step in range(min(size, MAX_REPLACEMENTS)):
             candidate = (index + step) % size
             try:
-                image = self.images.read(candidate, is_flipped)
+                image = self.images.read(candidate, is_flipped, crop)
             except BrokenImageError as error:
                 broken.append((self.images.key(candidate), str(error)))
                 continue

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from torchtitan_mixtures.data.image_files import BrokenImageError, crop_centre
+from torchtitan_mixtures.data.image_files import BrokenImageError, Crop, crop_picture
 from torchtitan_mixtures.data.image_sets import ClassImage, to_tensor
 from torchtitan_mixtures.data.images import open_image
 from torchtitan_mixtures.data.opening import open_split
@@ -229,7 +228,7 @@ class DatasetImages:
         """See `ImageSet.__len__`."""
         return len(self._data)
 
-    def read(self, index: int, is_flipped: bool = False) -> ClassImage:
+    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """See `ImageSet.read`."""
         row = self._data[index]
         label = self._number(row[self._config.label_column])
@@ -237,7 +236,7 @@ class DatasetImages:
             picture = open_image(self._find_file(row[self._config.image_column]))
         except (OSError, ValueError) as error:  # the former of paths no file system can have
             raise BrokenImageError(str(error)) from error
-        image = to_tensor(np.asarray(crop_centre(picture, self.shape[-1]), np.uint8))
+        image = to_tensor(crop_picture(picture, self.shape[-1], crop))
         return ClassImage(image.flip(-1) if is_flipped else image, label)
 
     def key(self, index: int) -> str:

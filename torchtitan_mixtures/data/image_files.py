@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,24 @@ _MAX_RATIO = 8
 """Of the long side to the short one; what is beyond it is cut off before anything is enlarged."""
 
 
+Rectangle = tuple[int, int, int, int]
+"""Top, left, height and width."""
+
+Crop = Callable[[int, int], Rectangle | None]
+"""Given height and width of a picture: what to keep of it; None: as `crop_centre` does."""
+
+
 class BrokenImageError(ValueError):
     """An image that cannot be read, among others that can; says why, not which."""
 
 
-def read_picture(path: str, size: int) -> NDArray[np.uint8]:
-    """Decode a file, put it on white and crop it (`crop_centre`).
+def read_picture(path: str, size: int, crop: Crop | None = None) -> NDArray[np.uint8]:
+    """Decode a file, put it on white and crop it.
 
     Args:
         path: The file.
         size: Height and width of the result.
+        crop: See `crop_picture`.
 
     Returns:
         `(size, size, 3)` uint8, RGB.
@@ -42,7 +51,26 @@ def read_picture(path: str, size: int) -> NDArray[np.uint8]:
         picture = open_image(content)
     except (OSError, ValueError) as error:
         raise BrokenImageError(str(error)) from error
-    return np.asarray(crop_centre(picture, size), np.uint8)
+    return crop_picture(picture, size, crop)
+
+
+def crop_picture(picture: Image.Image, size: int, crop: Crop | None = None) -> NDArray[np.uint8]:
+    """Make a picture square.
+
+    Args:
+        picture: RGB, of any size.
+        size: Height and width of the result.
+        crop: Chooses a rectangle, which is scaled by bicubic interpolation; None: `crop_centre`.
+
+    Returns:
+        `(size, size, 3)` uint8.
+    """
+    rectangle = None if crop is None else crop(picture.height, picture.width)
+    if rectangle is None:
+        return np.asarray(crop_centre(picture, size), np.uint8)
+    top, left, height, width = rectangle
+    box = (left, top, left + width, top + height)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box), np.uint8)
 
 
 def crop_centre(picture: Image.Image, size: int) -> Image.Image:

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from torchtitan_mixtures.data.emoji import EmojiCorpus
-from torchtitan_mixtures.data.image_files import SUFFIXES, read_picture
+from torchtitan_mixtures.data.image_files import SUFFIXES, Crop, crop_picture, read_picture
 
 HELD_OUT_SPLITS = ("train", "val")
 """Splits of a folder that is not divided itself."""
@@ -53,8 +54,13 @@ class ImageSet(Protocol):
         """Count the images."""
         ...
 
-    def read(self, index: int, is_flipped: bool = False) -> ClassImage:
+    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """Read an image, mirrored if asked to.
+
+        Args:
+            index: Of the image.
+            is_flipped: Whether to mirror it.
+            crop: Chooses what is seen of a picture; None: its middle. Latents have none.
 
         Raises:
             BrokenImageError: The image cannot be read.
@@ -113,12 +119,15 @@ class EmojiImages:
         """See `ImageSet.__len__`."""
         return len(self._drawings)
 
-    def read(self, index: int, is_flipped: bool = False) -> ClassImage:
+    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """See `ImageSet.read`."""
         assert not is_flipped
         if index not in self._pixels:
             self._pixels[index] = self._corpus.image(self._drawings[index], self.shape[-1])
-        return ClassImage(to_tensor(self._pixels[index]), self._labels[index])
+        pixels = self._pixels[index]
+        if crop is not None:
+            pixels = crop_picture(Image.fromarray(pixels), self.shape[-1], crop)
+        return ClassImage(to_tensor(pixels), self._labels[index])
 
     def key(self, index: int) -> str:
         """See `ImageSet.key`."""
@@ -244,9 +253,9 @@ class FolderImages:
         """See `ImageSet.__len__`."""
         return len(self._paths)
 
-    def read(self, index: int, is_flipped: bool = False) -> ClassImage:
+    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """See `ImageSet.read`."""
-        image = to_tensor(read_picture(self.key(index), self.shape[-1]))
+        image = to_tensor(read_picture(self.key(index), self.shape[-1], crop))
         return ClassImage(image.flip(-1) if is_flipped else image, int(self._labels[index]))
 
     def key(self, index: int) -> str:

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchtitan_mixtures.data.image_files import Crop
 from torchtitan_mixtures.data.image_sets import ClassImage
 
 INDEX = "latents.json"
@@ -154,8 +155,9 @@ class LatentImages:
         """See `ImageSet.__len__`."""
         return int(self._starts[-1])
 
-    def read(self, index: int, is_flipped: bool = False) -> ClassImage:
+    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """See `ImageSet.read`."""
+        assert crop is None
         number, row = self._find(index)
         return self._reader(number).read(row, is_flipped)
 
