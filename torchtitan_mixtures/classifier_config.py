@@ -33,7 +33,7 @@ class Classification:
     them, by a fair coin."""
 
     random_crop: float = 1.0
-    """Least share of an image's area that a random crop, scaled to full size, keeps. 1 = no
+    """Least share of the area of a picture that a random crop, scaled to full size, keeps. 1 = no
     crops."""
 
     rand_augment_ops: int = 0

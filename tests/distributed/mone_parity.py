@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two routers, later": dict(num_routers=2, router_layer=1, n_layers=3),
     "shared router": dict(num_routers=2, shared_router=True),
     "random": dict(routing="random"),
+    "random, two routers": dict(routing="random", num_routers=2),
     "argmax": dict(routing="argmax"),
     "greedy": dict(allocation="greedy"),
     "skip": dict(allocation="skip"),

@@ -16,6 +16,13 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.jobs import ROOT, debug_job
 from torchtitan_mixtures.checks import check_arguments
+from torchtitan_mixtures.models.mone.block import NestedBlock
+from torchtitan_mixtures.models.mone.capacity import Budget
+from torchtitan_mixtures.models.mone.layers import NestedLinearContract, NestedLinearExpand
+from torchtitan_mixtures.models.mone.routing import (
+    ExpertPreferredRouter,
+    compute_capacity_distribution,
+)
 from torchtitan_mixtures.models.mot import mot_args
 from torchtitan_mixtures.models.mot.attention import merge_modalities
 from torchtitan_mixtures.models.mot.model import MoTTransformer
@@ -168,6 +175,57 @@ def run_mom_sample(here):
     assert (options.model, options.checkpoint) == ("MoM-S/4", "DIR")
 
 
+def nested_example():
+    """The example of the seed but for the import paths."""
+    e_c = 0.6
+    E = 3
+    delta = 2
+    beta = 10
+    capacity_distribution = compute_capacity_distribution(e_c, E, delta, beta)
+    block = NestedBlock(
+        dim=128,
+        num_heads=8,
+        num_experts=E,
+        capacity_distribution=capacity_distribution,
+    )
+    return capacity_distribution, block
+
+
+def run_import(here):
+    names: dict[str, object] = {}
+    exec(here.strip("`"), names)
+    name = here.strip("`").split()[-1]
+    assert names[name] is {"NestedBlock": NestedBlock}.get(name, compute_capacity_distribution)
+
+
+def run_capacities(here):
+    expected = [0.314543, 0.328186, 0.357271]
+    assert nested_example()[0] == pytest.approx(expected, abs=1e-6)
+
+
+def run_nested_block(here):
+    _, block = nested_example()
+    x = torch.randn(2, 49, 128)
+    assert torch.equal(block(x), block(x, Budget((16, 16, 17))))
+
+
+def run_router(here):
+    capacities, block = nested_example()
+    router, x = ExpertPreferredRouter(128, 3, capacities), torch.randn(2, 49, 128)
+    routing = router(x)
+    for experts in routing.experts.tolist():
+        assert [experts.count(expert) for expert in range(3)] == [16, 16, 17]
+    assert routing.restore(block(routing.sort(x))).shape == x.shape
+
+
+def run_nested_layers(here):
+    budget, x = Budget((16, 16, 17)), torch.randn(2, 49, 128)
+    hidden = NestedLinearExpand(128, 512, 3)(x, budget)
+    assert hidden.shape == (2, 49, 512)
+    y = NestedLinearContract(512, 128, 3)(hidden, budget)
+    assert y[:, 33:, :32].all() and not y[:, 33:, 32:].any()
+
+
 CHECKS = {
     "python train.py --data-path": run_mom_launch_line,
     "torchrun --nproc_per_node=2": run_mom_launch_line,
@@ -183,6 +241,12 @@ CHECKS = {
     "local_experts_attention_norm": run_attention_norm,
     "local_experts[modality_id]` (FFN)": run_ffn,
     "build_text_dataloader": run_dataloader,
+    "from mone_pytorch.routing": run_import,
+    "from mone_pytorch.block": run_import,
+    "compute_capacity_distribution(": run_capacities,
+    "NestedBlock(": run_nested_block,
+    "mone_pytorch/routing.py": run_router,
+    "mone_pytorch/layers.py": run_nested_layers,
 }
 
 

@@ -17,7 +17,7 @@ from torchtitan_mixtures.models.mone.model import MoNE
 from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
 from torchtitan_mixtures.studies import mone_capacities, mone_report
 from torchtitan_mixtures.studies.chart import COLORS, Line, Panel, Point, draw_chart, nice_ticks
-from torchtitan_mixtures.studies.mone_capacities import CAPACITIES, SAME_FLOPS, TASKS
+from torchtitan_mixtures.studies.mone_capacities import CAPACITIES, SAME_FLOPS, SPLITS, VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,14 @@ def study():
 # --- trainings ------------------------------------------------------------------------------------
 
 
-def test_trainings_differ_in_task_model_and_seed_alone(study, tmp_path):
+def test_trainings_differ_in_model_and_seed_alone(study, tmp_path):
     pieces = study.make_pieces(tmp_path, study.Protocol(steps=70), [0, 4])
-    assert len(pieces) == len({piece.name for piece in pieces}) == 2 * 12
+    assert len(pieces) == len({piece.name for piece in pieces}) == 2 * 9
     jobs, kinds = [], set()
     for piece in pieces:
         train, measure = piece.commands
         asked = study.parse(measure.arguments[2:])
         assert asked.run == piece.name
-        assert asked.variant in {variant.name for variant in TASKS[asked.task].variants}
         assert measure.done == tmp_path / "results" / f"{piece.name}.json"
         config, *overrides = train.arguments[3:]
         assert config == f"--config={study.CONFIG}"
@@ -53,35 +52,26 @@ def test_trainings_differ_in_task_model_and_seed_alone(study, tmp_path):
         assert job["training"]["steps"] == 70
         nested = job.pop("nested")
         keys = ("capacity", "schedule", "routing", "same_flops")
-        kinds.add((job["model"].pop("flavor"), job["multimodal"].pop("class_of"), seed))
-        kinds.add((asked.task, asked.variant, *(nested.pop(key) for key in keys)))
+        flavor = job["model"].pop("flavor")
+        kinds.add((flavor, asked.variant, *(nested.pop(key) for key in keys)))
         jobs.append((job, nested))
     assert all(job == jobs[0] for job in jobs)
-    assert {kind for kind in kinds if len(kind) == 3} == {
-        (flavor, task, seed)
-        for flavor in ("debugmodel", "debugmodel_dense")
-        for task in ("group", "concept")
-        for seed in (0, 4)
-    }
-    epr = "expert_preferred"
-    assert {kind for kind in kinds if len(kind) == 6} == {
-        ("group", "dense", 0.0, "constant", "", False),
-        *(("group", f"fixed {c}", c, "constant", epr, False) for c in (0.2, 0.4, 0.6, 0.8)),
-        ("group", "adaptive", 0.0, "adaptive", epr, False),
-        *(("group", f"random {c}", c, "constant", "random", False) for c in (0.2, 0.6)),
-        ("group", "same FLOPs 0.4", 0.4, "constant", epr, True),
-        ("concept", "dense", 0.0, "constant", "", False),
-        ("concept", "adaptive", 0.0, "adaptive", epr, False),
-        ("concept", "fixed 0.4", 0.4, "constant", epr, False),
+    nested, epr = "debugmodel", "expert_preferred"
+    assert kinds == {
+        ("debugmodel_dense", "dense", 0.0, "constant", "", False),
+        *((nested, f"fixed {c}", c, "constant", epr, False) for c in (0.2, 0.4, 0.6, 0.8)),
+        (nested, "adaptive", 0.0, "adaptive", epr, False),
+        *((nested, f"random {c}", c, "constant", "random", False) for c in (0.2, 0.6)),
+        (nested, "same FLOPs 0.4", 0.4, "constant", epr, True),
     }
 
 
 def test_the_study_knows_how_long_a_training_of_equal_flops_is(study, tmp_path):
     protocol = study.Protocol(steps=70)
-    job = load_job(study.CONFIG, *protocol.overrides("group", SAME_FLOPS, 0))
+    job = load_job(study.CONFIG, *protocol.overrides(SAME_FLOPS, 0))
     lengthen_to_same_flops(job)
     piece = study.make_pieces(tmp_path, protocol, [0])[0]
-    assert piece.name == "group-same-FLOPs-0.4-0"
+    assert piece.name == "same-FLOPs-0.4-0"
     assert job.training.steps > 2 * 70
     assert f"/step-{job.training.steps}/" in str(piece.commands[0].done)
 
@@ -97,7 +87,7 @@ def test_time_is_measured_alone_and_last(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "report", lambda options: None)
     study.main(["run", "--out", str(tmp_path), "--jobs", "3", "--seeds", "0"])
     assert [jobs for jobs, _ in ran] == [3, 1]
-    assert len(ran[0][1]) == 12 and ran[1][1] == ["times"]
+    assert len(ran[0][1]) == 9 and ran[1][1] == ["times"]
     assert json.loads((tmp_path / "protocol.json").read_text())["steps"] == study.Protocol().steps
 
 
@@ -106,8 +96,8 @@ def test_time_is_measured_alone_and_last(study, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["dense", "fixed 0.4", "random 0.2"])
 def test_a_model_is_asked_at_every_capacity_and_with_random_routing(study, tmp_path, variant):
-    found = next(v for v in TASKS["group"].variants if v.name == variant)
-    job = load_job(study.CONFIG, *study.Protocol(steps=3).overrides("group", found, 5))
+    found = next(v for v in VARIANTS if v.name == variant)
+    job = load_job(study.CONFIG, *study.Protocol(steps=3).overrides(found, 5))
     args = mone_args[job.model.flavor]
     args.dim, args.n_layers = 32, 1
     args.update_from_config(job)
@@ -121,7 +111,7 @@ def test_a_model_is_asked_at_every_capacity_and_with_random_routing(study, tmp_p
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     dcp.save(weights, checkpoint_id=folder, no_dist=True)
 
-    mone_capacities.measure_run(tmp_path, "x", "group", variant, (0.2, 1.0), 1)
+    mone_capacities.measure_run(tmp_path, "x", variant, (0.2, 1.0), 1)
     result = json.loads((tmp_path / "results" / "x.json").read_text())
     assert (result["variant"], result["seed"], result["step"]) == (variant, 5, 3)
     assert result["train"]["images"] == 64
@@ -159,7 +149,7 @@ def test_times_are_of_all_capacities_beside_the_dense_model(tmp_path, monkeypatc
 # --- reporting ------------------------------------------------------------------------------------
 
 
-def made_up(task, variant, seed, right, lost_by_chance=0):
+def made_up(variant, seed, right, lost_by_chance=0):
     """A result of a model that gives so many right answers of 100, at any capacity."""
     nested = variant != "dense"
 
@@ -175,15 +165,13 @@ def made_up(task, variant, seed, right, lost_by_chance=0):
                 }
                 for capacity in (CAPACITIES if nested else (1.0,))
             ]
-            for split in TASKS[task].splits
+            for split in SPLITS
         }
 
     has_router = nested and not variant.startswith("random")
     return {
-        "task": task,
         "variant": variant,
         "seed": seed,
-        "classes": 8,
         "dense_macs_per_image": 50_000_000,
         "splits": rows(right),
         "train": {"accuracy": {"share": 0.9}},
@@ -198,11 +186,10 @@ def finished(tmp_path):
     for seed in range(3):
         for number, result in enumerate(
             [
-                made_up("group", "dense", seed, 60 + seed),
-                made_up("group", "fixed 0.2", seed, 59, lost_by_chance=4),
-                made_up("group", "random 0.2", seed, 57 - seed),
-                made_up("group", "adaptive", seed, 58, lost_by_chance=6),
-                made_up("concept", "dense", seed, 20),
+                made_up("dense", seed, 60 + seed),
+                made_up("fixed 0.2", seed, 59, lost_by_chance=4),
+                made_up("random 0.2", seed, 57 - seed),
+                made_up("adaptive", seed, 58, lost_by_chance=6),
             ]
         ):
             path = tmp_path / "results" / f"{number}-{seed}.json"
@@ -232,24 +219,21 @@ def test_the_report_compares_by_seed(study, finished, capsys):
     assert "| fixed 0.2 | **59.0 +- 0.0** | 59.0 +- 0.0 |" in printed
     assert "| 0.2 | 0.500 | 0.460 [0.400, 0.600] | 0.200 |" in printed
     assert "dense 90.0 +- 0.0, fixed 0.2 90.0" in printed
-    assert printed.index("group of an emoji") < printed.index("which emoji it is")
 
 
 def test_the_report_is_json_too_and_has_a_picture(finished):
     mone_report.write_report(finished)
     report = json.loads((finished / "report.json").read_text())
-    group = report["tasks"]["group"]
-    gap = group["differences to dense"]["adaptive at 0.6 - dense"]["unseen_style"]
+    gap = report["differences to dense"]["adaptive at 0.6 - dense"]["unseen_style"]
     assert gap["mean"] == pytest.approx(-3.0) and len(gap["values"]) == 3
-    assert report["tasks"]["concept"]["models"]["dense"]["unseen_style"]["mean"] == 20.0
-    assert report["times"]["settings"]["rounds"] == 9 and len(report["results"]) == 15
+    assert report["times"]["settings"]["rounds"] == 9 and len(report["results"]) == 12
     with Image.open(finished / mone_report.PICTURE) as picture:
-        assert picture.width == 3 * 400  # two splits of one task, one of the other
+        assert picture.width == 2 * 400  # a panel for each split
 
 
 def test_a_report_of_one_seed_without_times_leaves_out_what_it_lacks(tmp_path):
     (tmp_path / "results").mkdir()
-    content = json.dumps(made_up("group", "fixed 0.4", 0, 40))
+    content = json.dumps(made_up("fixed 0.4", 0, 40))
     (tmp_path / "results" / "x.json").write_text(content)
     text = mone_report.write_report(tmp_path)
     assert "| fixed 0.4 at 0.4 | 0.390 | 20.0 | 0.40 | - | 1 | 40.0 |" in text
@@ -264,8 +248,8 @@ def test_a_report_of_nothing_says_so(study, tmp_path, capsys):
 
 def test_the_picture_has_the_points_of_every_model_it_names(finished):
     results = [json.loads(path.read_text()) for path in (finished / "results").glob("*.json")]
-    panels = list(mone_report.make_panels("group", mone_report.Results(results, "group")))
-    assert [panel.title.split(", ")[1] for panel in panels] == ["unseen style", "unseen concept"]
+    panels = mone_report.make_panels(mone_report.Results(results))
+    assert [panel.title for panel in panels] == ["unseen style", "unseen concept"]
     lines = {line.label: line for line in panels[0].lines}
     assert lines["dense"].is_level and lines["dense"].points == [Point(50.0, 61.0, 1.0)]
     adaptive = lines["adaptive, one model"].points

@@ -22,6 +22,7 @@ class NestedArgs(Protocol):
     """What the arguments of a nested model, or of the dense one beside it, say about its cost."""
 
     num_experts: int
+    num_routers: int
     capacity: float
 
     def budget(self, capacity: float | None = None) -> Any:

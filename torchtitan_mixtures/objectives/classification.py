@@ -211,10 +211,11 @@ class ClassificationLoss:
         return mix_images(images, mix), targets._replace(others=others, share=share)
 
     def _draw_scores(self, samples: Tensor, is_training: bool) -> Tensor:
-        """Draw what experts choose tokens by, `(batch, tokens, experts)` float32."""
+        """Draw what experts choose tokens by, `(batch, routers, tokens, experts)` float32."""
         seed = self._seed if is_training else VALIDATION_SEED
         purpose = f"{'training' if is_training else 'validation'}, routing"
-        shape = (len(samples), self._args.num_tokens, self._args.num_experts)
+        args = self._args
+        shape = (len(samples), args.num_routers, args.num_tokens, args.num_experts)
         scores = torch.empty(shape, dtype=torch.float32, device="cpu")
         for row, sample in zip(scores, samples.tolist(), strict=True):
             row.uniform_(generator=sample_generator(seed, sample, purpose))

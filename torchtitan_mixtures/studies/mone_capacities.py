@@ -32,6 +32,9 @@ from torchtitan_mixtures.studies.pieces import write_json
 CAPACITIES = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 """What every nested model is asked at, whatever it was trained with."""
 
+SPLITS = ("unseen_style", "unseen_concept")
+"""Drawings that no model has seen."""
+
 TIMES = "times"
 """Name of the file about time."""
 
@@ -80,15 +83,21 @@ class Variant:
             overrides.append(f"--nested.capacity={self.capacity}")
         return [*overrides, "--nested.same_flops"] if self.same_flops else overrides
 
-    def steps(self, steps: int, num_classes: int) -> int:
+    def steps(self, steps: int) -> int:
         """Say how long it is trained where the dense model is for `steps`."""
         if not self.same_flops:
             return steps
-        args = cast(MoNEModelArgs, get_train_spec("mone").model_args[self.flavor])
-        args.num_classes = num_classes
+        args = model_args(self)
         assert self.capacity is not None
         args.capacity = self.capacity
         return same_flops_steps(steps, args, CapacitySchedule(Nested(), 1, 0, own_capacity(args)))
+
+
+def model_args(variant: Variant) -> MoNEModelArgs:
+    """Look up the arguments of a variant's flavour, for groups of emoji."""
+    args = cast(MoNEModelArgs, get_train_spec("mone").model_args[variant.flavor])  # a copy
+    args.num_classes = len(emoji_classes("group"))
+    return args
 
 
 DENSE = Variant("dense", flavor="debugmodel_dense")
@@ -98,71 +107,42 @@ RANDOM = tuple(Variant(f"random {c:g}", capacity=c, routing="random") for c in (
 SAME_FLOPS = Variant("same FLOPs 0.4", capacity=0.4, same_flops=True)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What images are classified by.
-
-    Attributes:
-        class_of: As `multimodal.class_of`.
-        splits: Splits that no model has seen, and whose classes are those of training.
-        variants: Models that learn it, the longest training first.
-    """
-
-    class_of: str
-    splits: tuple[str, ...]
-    variants: tuple[Variant, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(emoji_classes("group" if self.class_of == "group" else "concept"))
-
-
-TASKS = {
-    "group": Task(
-        "group",
-        ("unseen_style", "unseen_concept"),
-        (SAME_FLOPS, DENSE, *reversed(FIXED), ADAPTIVE, *reversed(RANDOM)),
-    ),
-    "concept": Task("concept", ("unseen_style",), (DENSE, ADAPTIVE, FIXED[1])),
-}
+VARIANTS = (DENSE, *FIXED, SAME_FLOPS, ADAPTIVE, *RANDOM)
+"""In the order of tables."""
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
 def measure_run(
-    out: Path, name: str, task: str, variant: str, capacities: Sequence[float], max_batches: int
+    out: Path, name: str, variant: str, capacities: Sequence[float], max_batches: int
 ) -> None:
     """Measure a trained model.
 
     Args:
         out: The study's folder.
         name: Of the training.
-        task: Its name in `TASKS`.
-        variant: Its name.
+        variant: Name of the model.
         capacities: Effective ones to ask a nested model at.
         max_batches: Batches of each split to score; -1 for all of it.
     """
     loaded = load_model(out / "runs" / name)
-    args, splits = loaded.model_args, TASKS[task].splits
+    args = loaded.model_args
     asked = list(capacities) if args.is_nested else []
     ask = partial(_ask, loaded, max_batches=max_batches)
     content: dict[str, Any] = {
-        "task": task,
         "variant": variant,
         "seed": loaded.job_config.debug.seed,
         "step": loaded.step,
         "averaged": loaded.is_averaged,
-        "classes": args.num_classes,
         "parameters": args.num_total_parameters,
         "dense_macs_per_image": args.dense_macs_per_image,
-        "splits": ask(splits, asked),
+        "splits": ask(SPLITS, asked),
         "train": ask(["train"], [])["train"][0],
         "random": None,
     }
     if args.is_nested and args.routing != "random":
-        content["random"] = ask(splits, asked, routing="random")
+        content["random"] = ask(SPLITS, asked, routing="random")
     write_json(out / "results" / f"{name}.json", content)
 
 
@@ -188,13 +168,12 @@ def measure_times(out: Path, rounds: int) -> None:
         out: The study's folder.
         rounds: How often each is timed.
     """
-    table = get_train_spec("mone").model_args
-    nested, dense = (cast(MoNEModelArgs, table[v.flavor]) for v in (ADAPTIVE, DENSE))
+    nested, dense = model_args(ADAPTIVE), model_args(DENSE)
     torch.manual_seed(0)
     images = torch.rand(BATCH, nested.in_channels, nested.image_size, nested.image_size) * 2 - 1
     models = {}
     for args in (nested, dense):
-        args.num_classes, args.init_seed = TASKS["group"].num_classes, 0
+        args.init_seed = 0
         models[args.num_experts] = MoNE(args).eval()
         models[args.num_experts].init_weights()
 

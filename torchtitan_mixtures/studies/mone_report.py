@@ -18,19 +18,17 @@ from torchtitan_mixtures.studies.mone_capacities import (
     FIXED,
     RANDOM,
     SAME_FLOPS,
-    TASKS,
+    SPLITS,
     TIMES,
+    VARIANTS,
     Variant,
 )
 from torchtitan_mixtures.studies.pieces import write_json
 
 PICTURE = "capacities.png"
 
-TITLES = {"group": "group of an emoji", "concept": "which emoji it is"}
-"""What the tasks are, in words."""
-
-VARIANTS = (DENSE, *FIXED, SAME_FLOPS, ADAPTIVE, *RANDOM)
-"""In the order of tables."""
+METRICS = (*SPLITS, *(f"{split} loss" for split in SPLITS))
+"""What is compared: of each split the share of right answers in percent, and the loss."""
 
 
 class Question(NamedTuple):
@@ -54,24 +52,18 @@ class Question(NamedTuple):
 
 
 class Results:
-    """What was measured of the models of a task.
+    """What was measured.
 
     Args:
         results: Of all trainings of the study.
-        task: Name of the task.
 
     Attributes:
-        splits: Splits of the task.
-        metrics: Names of what was measured: for each split the share of right answers in percent,
-            under its name, and the loss.
-        measured: Metrics, by seed, of each question.
+        measured: `METRICS`, by seed, of each question.
         facts: What the evaluation says of a question beside, of some seed.
     """
 
-    def __init__(self, results: Sequence[dict[str, Any]], task: str) -> None:
-        self.results = [one for one in results if one["task"] == task]
-        self.splits = TASKS[task].splits
-        self.metrics = [*self.splits, *(f"{split} loss" for split in self.splits)]
+    def __init__(self, results: Sequence[dict[str, Any]]) -> None:
+        self.results = results
         self.measured: dict[str, dict[int, dict[str, float]]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         for variant in self.variants:
@@ -109,7 +101,7 @@ class Results:
             row
             for one in self.results
             if one["variant"] != DENSE.name
-            for row in one["splits"][self.splits[0]]
+            for row in one["splits"][SPLITS[0]]
         ]
         return sorted({row["capacity"] for row in rows})
 
@@ -125,7 +117,7 @@ class Results:
         found = {}
         for question, baseline in pairs:
             two = {name: self.measured[name] for name in (question, baseline)}
-            gap = comparison.differences(two, self.metrics, baseline).get(question)
+            gap = comparison.differences(two, METRICS, baseline).get(question)
             if gap is not None:
                 found[f"{question} - {baseline}"] = gap
         return found
@@ -170,30 +162,24 @@ def write_report(out: Path) -> str:
         raise ValueError(f"{out} holds no finished training of a study; begin one with `run`.")
     path = out / f"{TIMES}.json"
     times = json.loads(path.read_text()) if path.exists() else None
-    names = {one["task"] for one in results}
-    tasks = {name: Results(results, name) for name in TASKS if name in names}
-    content = {name: _as_json(found) for name, found in tasks.items()}
-    write_json(out / "report.json", {"tasks": content, "times": times, "results": results})
-    text = "\n\n".join(part for name in tasks for part in _sections(name, tasks[name], times))
-    if times:
-        text += "\n\n" + _time_table(next(iter(tasks.values())), times)
+    found = Results(results)
+    write_json(out / "report.json", _as_json(found) | {"times": times, "results": results})
+    text = "\n\n".join(_sections(found, times))
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    panels = [panel for name, found in tasks.items() for panel in make_panels(name, found)]
-    chart = draw_chart(panels, "M multiply-adds an image", "top-1, %")
+    chart = draw_chart(make_panels(found), "M multiply-adds an image", "top-1, %")
     Image.fromarray(chart).save(out / PICTURE)
     return text
 
 
 def _as_json(found: Results) -> dict[str, Any]:
     return {
-        "models": comparison.as_json(comparison.summarise(found.measured, found.metrics)),
+        "models": comparison.as_json(comparison.summarise(found.measured, METRICS)),
         "differences to dense": comparison.as_json(found.gaps_to_dense),
         "learned minus random routing": comparison.as_json(found.gaps_of_routing),
     }
 
 
-def _sections(task: str, found: Results, times: dict[str, Any] | None) -> Iterator[str]:
-    yield f"### Task: {TITLES[task]} ({found.results[0]['classes']:,} classes)"
+def _sections(found: Results, times: dict[str, Any] | None) -> Iterator[str]:
     yield "Mean and standard deviation over seeds; each model at what it was trained for:"
     yield _main_table(found, times)
     trained = {v.name: Summary.of(_train_accuracies(found, v.name)) for v in found.variants}
@@ -201,20 +187,27 @@ def _sections(task: str, found: Results, times: dict[str, Any] | None) -> Iterat
     yield f"Top-1 in % on training images as they are (adaptive: at capacity 0.5): {shown}."
     if gaps := found.gaps_to_dense:
         yield "Differences of equal seeds to the dense model, percentage points of top-1:"
-        yield _gap_table(found, gaps)
-    for split in found.splits:
+        yield _gap_table(gaps)
+    for split in SPLITS:
         yield f"Top-1 in % on {_words(split)} at other capacities than the own (bold):"
         yield _matrix(found, split)
     if gaps := found.gaps_of_routing:
         yield "What the router is worth, percentage points of top-1, of equal seeds:"
-        yield _gap_table(found, gaps)
+        yield _gap_table(gaps)
+    if times:
+        settings = times["settings"]
+        yield (
+            f"Time forward, {settings['batch']} images at once, {settings['threads']} thread(s), "
+            f"{settings['rounds']} interleaved rounds, fp32:"
+        )
+        yield _time_table(found, times)
 
 
 def _main_table(found: Results, times: dict[str, Any] | None) -> str:
     columns = ["model", "realised e_c", "M multiply-adds", "of dense", "time of dense", "seeds"]
-    for split in found.splits:
+    for split in SPLITS:
         columns += [f"top-1, {_words(split)}, %", f"loss, {_words(split)}"]
-    summaries = comparison.summarise(found.measured, found.metrics)
+    summaries = comparison.summarise(found.measured, METRICS)
     rows = []
     for question in found.own:
         fact = found.facts[question]
@@ -224,7 +217,7 @@ def _main_table(found: Results, times: dict[str, Any] | None) -> str:
         row = [question, f"{fact['effective_capacity']:.3f}", f"{macs / 1e6:.1f}"]
         row += [f"{macs / dense:.2f}", f"{ratio['ratio'][1]:.2f}" if ratio else "-"]
         row.append(str(len(found.measured[question])))
-        for split in found.splits:
+        for split in SPLITS:
             loss = summaries[question][f"{split} loss"]
             row += [_percent(summaries[question][split]), _number(loss, 3)]
         rows.append(row)
@@ -239,14 +232,14 @@ def _train_accuracies(found: Results, variant: str) -> dict[int, float]:
     }
 
 
-def _gap_table(found: Results, gaps: dict[str, dict[str, Summary]]) -> str:
+def _gap_table(gaps: dict[str, dict[str, Summary]]) -> str:
     columns = ["models"]
-    for split in found.splits:
+    for split in SPLITS:
         columns += [f"{_words(split)}", "of each seed"]
     rows = []
     for name, gap in gaps.items():
         row = [name]
-        for split in found.splits:
+        for split in SPLITS:
             values = ", ".join(f"{value:+.1f}" for value in gap[split].values.values())
             row += [_percent(gap[split], sign="+"), values]
         rows.append(row)
@@ -277,15 +270,11 @@ def _time_table(found: Results, times: dict[str, Any]) -> str:
         spent = fact["macs_per_image"] / fact["dense_macs_per_image"] if fact else 1.0
         ms = f"{row['milliseconds_per_image']:.3f}"
         rows.append([name, ms, f"{median:.3f} [{low:.3f}, {high:.3f}]", f"{spent:.3f}"])
-    settings = times["settings"]
     columns = ["e_c", "ms an image", "time to dense [quartiles]", "multiply-adds to dense"]
-    return (
-        f"Time forward, {settings['batch']} images at once, {settings['threads']} thread(s), "
-        f"{settings['rounds']} interleaved rounds, fp32:\n\n" + comparison.markdown(columns, rows)
-    )
+    return comparison.markdown(columns, rows)
 
 
-def make_panels(task: str, found: Results) -> Iterator[Panel]:
+def make_panels(found: Results) -> list[Panel]:
     """Accuracy over multiply-adds, a panel for each split."""
     groups = {
         "dense": [Question(DENSE.name, 1.0)],
@@ -295,7 +284,8 @@ def make_panels(task: str, found: Results) -> Iterator[Panel]:
         "trained with random routing": [Question(v.name, v.own[0]) for v in RANDOM],
         "trained for as many FLOPs as dense": [Question(v.name, v.own[0]) for v in (SAME_FLOPS,)],
     }
-    for split in found.splits:
+    panels = []
+    for split in SPLITS:
         lines = []
         for label, questions in groups.items():
             points = [
@@ -305,7 +295,8 @@ def make_panels(task: str, found: Results) -> Iterator[Panel]:
             ]
             if points:
                 lines.append(Line(label, points, is_level=label == "dense"))
-        yield Panel(f"{TITLES[task]}, {_words(split)}", lines)
+        panels.append(Panel(_words(split), lines))
+    return panels
 
 
 def _words(split: str) -> str:

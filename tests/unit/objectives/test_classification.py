@@ -141,7 +141,7 @@ def test_draws_belong_to_samples_however_they_are_cut_into_batches(routing):
     assert torch.equal(targets.share, torch.cat([part[1].share for part in parts]))
     assert list(extra) == (["scores"] if routing == "random" else [])
     for name, value in extra.items():
-        assert value.shape == (12, 16, 4)
+        assert value.shape == (12, 1, 16, 4)
         assert value.unique().numel() > 0.99 * value.numel()
         assert torch.equal(value, torch.cat([part[2][name] for part in parts]))
 

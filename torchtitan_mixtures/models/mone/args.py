@@ -235,7 +235,8 @@ class MoNEModelArgs(BaseModelArgs):
         allowed = f"a multiple of patch_size = {self.patch_size} of the flavour"
         _require(divides, "multimodal.image_size", self.image_size, allowed)
         _require(self.dim % self.n_heads == 0, "n_heads", self.n_heads, f"a divisor of {self.dim}")
-        _require(self.hidden_dim > 0, "mlp_ratio", self.mlp_ratio, "a number > 1 / dim")
+        is_possible = math.isfinite(self.mlp_ratio) and self.hidden_dim > 0
+        _require(is_possible, "mlp_ratio", self.mlp_ratio, "a number > 1 / dim")
         _require(self.pool in ("mean", "class_token"), "pool", self.pool, "mean, class_token")
         _require(self.num_experts > 0, "num_experts", self.num_experts, "1 (a ViT) or more")
         if self.is_nested:
@@ -245,6 +246,13 @@ class MoNEModelArgs(BaseModelArgs):
         halved = 2 ** (self.num_experts - 1)
         allowed = f"a multiple of 2^(num_experts - 1) = {halved}"
         _require(self.dim % halved == 0, "dim", self.dim, allowed)
+        is_known = self.allocation in get_args(Allocation)
+        _require(is_known, "nested.allocation", self.allocation, f"one of {get_args(Allocation)}")
+        multiple = self.tokens_multiple
+        _require(multiple >= 1, "nested.tokens_multiple", multiple, "1 or more")
+        _require(
+            self.kernels in ("plain", "triton"), "nested.kernels", self.kernels, "plain, triton"
+        )
         is_known = self.routing in get_args(RoutingKind)
         _require(is_known, "nested.routing", self.routing, f"one of {get_args(RoutingKind)}")
         first, routers = self.router_layer, self.num_routers

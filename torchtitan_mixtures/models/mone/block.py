@@ -151,7 +151,7 @@ class NestedBlock(nn.Module):
         if offset is not None:
             # 1 + alpha r would lose most of alpha r in bfloat16.
             branch = torch.addcmul(branch, branch, offset.narrow(1, 0, branch.shape[1]))
-        z = z + branch
+        z = z + branch.to(z.dtype)  # the offset is in float32
         if not budget.skipped:
             return z
         skipping = x.narrow(1, z.shape[1], budget.skipped)

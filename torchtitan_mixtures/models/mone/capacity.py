@@ -79,10 +79,21 @@ def compute_capacity_distribution(
         expert = E - 1 if e_c == 1 else 0
         return tuple(float(index == expert) for index in range(E))
     sign = 1 if incentive == "multiplicative" else -1
-    earned = [delta ** (sign * expert) for expert in range(E)]
+    try:
+        earned = [delta ** (sign * expert) for expert in range(E)]
+    except OverflowError:
+        raise ValueError(f"delta = {delta}: too large for {E} experts.") from None
+    # Less the line through the first and the last, which is the same for all capacities that cost
+    # e_c: what is left needs no lambda that is too large to be exact.
+    slope = (earned[-1] - earned[0]) / (1 - shares[0])
+    excess = [
+        (a - earned[0] - slope * (share - shares[0])) / beta
+        for a, share in zip(earned, shares, strict=True)
+    ]
+    excess[-1] = 0.0
 
     def capacities(multiplier: float) -> list[float]:
-        logits = [(a + multiplier * share) / beta for a, share in zip(earned, shares, strict=True)]
+        logits = [a + multiplier * share for a, share in zip(excess, shares, strict=True)]
         largest = max(logits)
         weights = [math.exp(logit - largest) for logit in logits]
         return [weight / sum(weights) for weight in weights]
@@ -266,6 +277,11 @@ def count_tokens(
         raise ValueError(
             f"{num_tokens} tokens: fewer than the {len(capacity_distribution)} experts that share "
             "them; use larger images, smaller patches or fewer experts."
+        )
+    if skips and max(capacity_distribution) * num_tokens + _ROUNDING < multiple:
+        raise ValueError(
+            f"capacity = {max(capacity_distribution)}: not one of {num_tokens} tokens would be "
+            "left; use a larger one."
         )
     larger = [
         math.floor(c * num_tokens + _ROUNDING) // multiple * multiple

@@ -113,23 +113,25 @@ class SortedTokens(nn.Module):
     """Sorts tokens at a router; a module of its own for context parallelism to deal them out."""
 
     def forward(
-        self, x: Tensor, routing: Routing, budget: Budget
-    ) -> tuple[Tensor, Tensor, Tensor, Budget]:
+        self, x: Tensor, numbers: Tensor, routing: Routing, budget: Budget
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Budget]:
         """Sort.
 
         Args:
             x: `(batch, seq, dim)`.
+            numbers: Which token of the image each is, `(batch, seq)` int64.
             routing: What the router decided about these tokens.
             budget: What it went by.
 
         Returns:
-            Tokens `(batch, seq, dim)`; of them `(batch, seq)` their experts and their experts'
-            probabilities; and the budget of the blocks.
+            Tokens `(batch, seq, dim)`; of them, `(batch, seq)` each, their numbers, their experts
+            and their experts' probabilities; and the budget of the blocks.
         """
-        experts, chosen = (
-            value.gather(1, routing.order) for value in (routing.experts, routing.probabilities)
+        numbers, experts, chosen = (
+            value.gather(1, routing.order)
+            for value in (numbers, routing.experts, routing.probabilities)
         )
-        return routing.sort(x), experts, chosen, budget
+        return routing.sort(x), numbers, experts, chosen, budget
 
 
 class TokenMean(nn.Module):
@@ -205,8 +207,9 @@ class MoNE(ModelProtocol):
             images: Pixels in [-1, 1], `(batch, in_channels, image_size, image_size)`.
             budget: How many patches of an image each expert gets, see `MoNEModelArgs.budget`; any
                 one, whatever the model was trained with. None: that of the arguments.
-            scores: What experts choose patches by, `(batch, num_tokens, num_experts)`; None: the
-                router's probabilities, or with `routing = "random"` what is drawn.
+            scores: What experts choose patches by at each router, `(batch, num_routers, num_tokens,
+                num_experts)`; None: the router's probabilities, or with `routing = "random"` what
+                is drawn.
 
         Returns:
             Logits `(batch, classes)`, and how the routers decided (None of a dense model).
@@ -228,12 +231,20 @@ class MoNE(ModelProtocol):
             for block in self.layers.values():
                 x = block(x, budget)
             return ClassifierOutput(self._classify(x))
-        x, statistics = self._run_nested(x, args.budget() if budget is None else budget, scores)
+        of_scores = (args.num_routers, args.num_tokens, args.num_experts)
+        if scores is not None and scores.shape[1:] != of_scores:
+            raise ValueError(
+                f"scores are {tuple(scores.shape[1:])} (routers, tokens, experts), but the model "
+                f"has {of_scores}."
+            )
+        budget = args.budget() if budget is None else budget
+        numbers = torch.arange(args.seq_len, device=x.device).expand(len(x), -1)
+        x, statistics = self._run_nested(x, self.stream(numbers), budget, scores)
         stacked = (torch.stack(rows) for rows in zip(*statistics, strict=True))
         return ClassifierOutput(self._classify(x), NestedStatistics(*stacked))
 
     def _run_nested(
-        self, x: Tensor, budget: Budget, scores: Tensor | None
+        self, x: Tensor, numbers: Tensor, budget: Budget, scores: Tensor | None
     ) -> tuple[Tensor, list[NestedStatistics]]:
         """Route tokens and run all blocks."""
         args = self.model_args
@@ -242,11 +253,18 @@ class MoNE(ModelProtocol):
         statistics: list[NestedStatistics] = []
         for index, block in enumerate(self.layers.values()):
             if index in args.router_layers:
-                x = self.whole(x) if index > 0 else x
+                if index > 0:
+                    x, numbers = self.whole(x), self.whole(numbers)
+                of_tokens = (
+                    None
+                    if scores is None
+                    else _pick(scores[:, len(statistics)], numbers, args.num_full_tokens)
+                )
                 router = self.routers["0" if args.shared_router else str(len(statistics))]
-                routing = router(x, budget, scores, args.num_full_tokens)
-                whole = budget.with_full_tokens(args.num_full_tokens)
-                x, experts, chosen, of_blocks = self.sorted(x, routing, whole)
+                routing = router(x, budget, of_tokens, args.num_full_tokens)
+                whole = budget if routing.is_sorted else args.full_budget
+                whole = whole.with_full_tokens(args.num_full_tokens)
+                x, numbers, experts, chosen, of_blocks = self.sorted(x, numbers, routing, whole)
                 offsets = self.router_scale(chosen)  # (alphas, batch, seq, 1)
                 if not routing.is_sorted:
                     mask = expert_mask(experts, args.dim, args.num_experts)
@@ -282,3 +300,12 @@ class MoNE(ModelProtocol):
             self.norm.reset_parameters()
             nn.init.zeros_(self.head.weight)
             nn.init.constant_(self.head.bias, args.head_bias)
+
+
+def _pick(scores: Tensor, numbers: Tensor, num_full_tokens: int) -> Tensor:
+    """Take the scores `(batch, num_tokens, experts)` of tokens by their numbers `(batch, seq)`.
+
+    Full tokens have none; they are the first in `numbers`, and have the first numbers.
+    """
+    patches = numbers[:, num_full_tokens:] - num_full_tokens
+    return scores.gather(1, patches[:, :, None].expand(-1, -1, scores.shape[2]))

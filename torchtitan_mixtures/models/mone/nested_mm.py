@@ -82,7 +82,7 @@ def nested_expand(
     product.copy_(bias)
     for span, columns in _flat_blocks(rows, widths, batch):
         _linear_(product[span], flat[span, columns], weight[:, columns], adds=True)
-    return product.view(seq, batch, -1)
+    return product.view(seq, batch, weight.shape[0])
 
 
 @nested_expand.register_fake
@@ -123,7 +123,7 @@ def nested_expand_grads(
         return triton_kernels.expand_grads(grad, x, weight, rows, widths)
     batch, dim = x.shape[1:]
     flat, flat_grad = x.reshape(-1, dim), grad.reshape(-1, grad.shape[2])
-    grad_x, grad_weight = torch.empty_like(flat), torch.zeros_like(weight)
+    grad_x, grad_weight = flat.new_empty(flat.shape), weight.new_zeros(weight.shape)
     start = 0
     for span, columns in _flat_blocks(rows, widths, batch):
         _linear_(grad_x[span, columns], flat_grad[span], weight[:, columns].t(), adds=False)
@@ -180,7 +180,7 @@ def nested_contract(
         product[span.stop :, columns].zero_()
         start = columns.stop
     product[:, start:].zero_()
-    return product.view(seq, batch, -1)
+    return product.view(seq, batch, weight.shape[0])
 
 
 @nested_contract.register_fake
@@ -221,7 +221,7 @@ def nested_contract_grads(
         return triton_kernels.contract_grads(grad, x, weight, rows, widths)
     batch, dim = x.shape[1:]
     flat, flat_grad = x.reshape(-1, dim), grad.reshape(-1, grad.shape[2])
-    grad_x, grad_weight = torch.empty_like(flat), torch.zeros_like(weight)
+    grad_x, grad_weight = flat.new_empty(flat.shape), weight.new_zeros(weight.shape)
     grad_bias = weight.new_zeros(weight.shape[0])
     blocks = _flat_blocks(rows, widths, batch)
     grad_x[blocks[0][0].stop if blocks else 0 :].zero_()

@@ -229,9 +229,9 @@ class DealtTokens(ParallelStyle):
         ranks, rank = device_mesh.size(), device_mesh.get_local_rank()
 
         def deal(_: nn.Module, inputs: Any, output: Any) -> tuple[Any, ...]:
-            x, experts, chosen, budget = output
+            *parts, budget = output
             dealt = (part.transpose(0, 1)[rank::ranks].contiguous().transpose(0, 1)
-                     for part in (x, experts, chosen))  # fmt: skip
+                     for part in parts)  # fmt: skip
             return (*dealt, budget.share_of_rank(ranks))
 
         module.register_forward_hook(deal)
@@ -239,15 +239,14 @@ class DealtTokens(ParallelStyle):
 
 
 class LocalRouter(ParallelStyle):
-    """A router that goes by the budget, and scores, of its rank's part of the tokens."""
+    """A router that goes by the budget of its rank's part of the tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        ranks, rank = device_mesh.size(), device_mesh.get_local_rank()
+        ranks = device_mesh.size()
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, budget, scores, num_full_tokens = inputs
-            part = None if scores is None else scores.chunk(ranks, TOKENS)[rank]
-            return x, budget.part_of_rank(ranks), part, num_full_tokens
+            x, budget, *others = inputs
+            return x, budget.part_of_rank(ranks), *others
 
         module.register_forward_pre_hook(before)
         return module
@@ -259,7 +258,7 @@ class LocalTokens(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         ranks = device_mesh.size()
         module.register_forward_pre_hook(
-            lambda _, inputs: (*inputs[:2], inputs[2].part_of_rank(ranks))
+            lambda _, inputs: (*inputs[:3], inputs[3].part_of_rank(ranks))
         )
         return module
 
@@ -337,14 +336,23 @@ CUTS = Cuts(
 )
 
 
+def prepare_compilation(job_config: MixtureJobConfig, model_args: MoNEModelArgs) -> None:
+    """Let dynamo make a graph for each capacity of a job."""
+    capacities = all_capacities(job_config, model_args)
+    # Of each, and of dense blocks: in training, in validation and there with another batch; of
+    # views (behind a router) and others. By itself dynamo gives up after eight.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * 3 * (len(capacities) + 1))
+    # Else the numbers of the second budget are symbols, although its value is guarded on.
+    torch._dynamo.config.specialize_int = True
+
+
 def parallelize_mone(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> nn.Module:
     """Apply the job's parallelism to a MoNE or ViT; see `torchtitan_mixtures.parallelize`."""
     # TorchTitan's trainer does not prepare classes.
     require_checked(job_config, "a model of images")
-    capacities = all_capacities(cast(MixtureJobConfig, job_config), cast(MoNE, model).model_args)
-    # A graph for each, in training and in validation; dynamo would give up after eight.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(capacities) + 2)
+    if job_config.compile.enable:
+        prepare_compilation(cast(MixtureJobConfig, job_config), cast(MoNE, model).model_args)
     return parallelize(model, parallel_dims, job_config, CUTS)

@@ -108,6 +108,7 @@ def choose_tokens(scores: Tensor, budget: Budget) -> Tensor:
     counts = list(budget.tokens)
     counts[0] += budget.skipped  # what is left over, whoever gets it
     order = []
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # -inf is for those that are taken
     for expert in reversed(range(len(counts))):
         if counts[expert] == 0:
             continue
@@ -186,7 +187,8 @@ class ExpertPreferredRouter(nn.Module):
             num_full_tokens: The first so many tokens get the largest expert in any case.
         """
         weight, bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in self.gate())
-        probabilities = F.linear(x.to(weight.dtype), weight, bias).softmax(2)
+        with torch.autocast(x.device.type, enabled=False):  # it would round to bfloat16
+            probabilities = F.linear(x.to(weight.dtype), weight, bias).softmax(2)
         if self.kind == "argmax":
             experts = probabilities.argmax(2)
             experts = F.pad(experts[:, num_full_tokens:], (num_full_tokens, 0), value=self.last)

@@ -234,7 +234,7 @@ def naive_forward(
         model: The model; its parameters are read by name.
         images: `(batch, channels, height, width)`.
         counts: Image tokens of each expert; not of a dense model.
-        scores: `(batch, image tokens, experts)` or None.
+        scores: `(batch, routers, image tokens, experts)` or None.
 
     Returns:
         Logits, and of each image and router the experts of all tokens.
@@ -254,7 +254,7 @@ def naive_forward(
                     x,
                     len(chosen_by_router),
                     counts,
-                    None if scores is None else scores[number],
+                    None if scores is None else scores[number, len(chosen_by_router)],
                 )
                 chosen_by_router.append(experts)
             offsets = None

@@ -162,11 +162,20 @@ def test_routers_see_tokens_as_they_are_by_then():
     assert len([name for name in model.state_dict() if name.startswith("routers.")]) == 2
 
 
-@pytest.mark.parametrize("fields", [{"routing": "random"}, {}, {"pool": "class_token"}], ids=str)
+SCORED = [
+    {"routing": "random"},
+    {},
+    {"pool": "class_token"},
+    {"num_routers": 2, "n_layers": 2},
+    {"num_routers": 2, "n_layers": 3, "router_layer": 1, "pool": "class_token"},
+]
+
+
+@pytest.mark.parametrize("fields", SCORED, ids=str)
 def test_scores_say_who_is_chosen(fields):
     args = tiny_args(**fields)
     model, images = build(args), random_images(args)
-    scores = randn(3, 16, 3, seed=4).float()
+    scores = randn(3, args.num_routers, 16, 3, seed=4).float()
     expected, _ = naive_forward(model, images, args.budget().tokens, scores)
     torch.testing.assert_close(model(images, scores=scores).logits, expected, **CLOSE)
     plain, _ = naive_forward(model, images, args.budget().tokens)
@@ -189,7 +198,7 @@ def test_random_routing_draws_anew_and_keeps_the_budget():
 def test_without_alpha_a_router_changes_nothing_but_who_is_chosen():
     args = tiny_args(num_classes=7)
     model, images = with_alpha(build(args), 0), random_images(args)
-    scores = randn(3, 16, 3)
+    scores = randn(3, 1, 16, 3)
     logits = model(images, scores=scores).logits
     router = [*model.routers["0"].parameters()]
     grads = gradients(logits, [*router, model.router_scale.alpha])
@@ -206,7 +215,7 @@ def test_with_alpha_a_router_learns():
     model, images = with_alpha(build(args), 0.1), random_images(args)
     for gradient in gradients(model(images).logits, [*model.routers["0"].parameters()]):
         assert gradient.any()
-    scores = randn(3, 16, 3)
+    scores = randn(3, 1, 16, 3)
     before = model(images, scores=scores).logits
     with torch.no_grad():
         model.routers["0"].bias[0] += 1
@@ -288,7 +297,7 @@ def test_float32_images_enter_a_model_of_float64():
 def test_autocast_is_close_to_float32():
     args = tiny_args()
     model, images = build(args, torch.float32), random_images(args, dtype=torch.float32)
-    scores = randn(3, 16, 3).float()
+    scores = randn(3, 1, 16, 3).float()
     exact = model(images, scores=scores).logits
     with torch.autocast("cpu", torch.bfloat16):
         found = model(images, scores=scores).logits
