@@ -1,10 +1,16 @@
 """Matrix products of nested layers, each as a single operator that does no needless work.
 
-Tokens are sorted, those of the largest expert first. Then the tokens that use a block of columns
-are the first so many rows, and a layer is one plain product per block on slices of rows and
-columns: no copies, no masks, no shapes that depend on data. Each weight is read once and its
-gradient written once. Where neighbouring blocks have the same rows they are one, so that with all
-tokens at the largest expert a layer is the single product of a dense one.
+Tokens are sorted, those of the largest expert first. A layer is a few plain products on slices of
+rows and columns: no copies, no masks, no shapes that depend on data. There are two ways to cut it,
+which do the same multiply-adds:
+
+- By expert, for what tokens get: an expert's tokens are neighbours, and have its first columns.
+- By block of columns, for what weights get: tokens that use a block are the first so many rows.
+
+Either way a number is written once; a sum over blocks of what tokens get, or over experts of what
+weights get, would be rounded at each step. Who has no tokens has no product, and neighbouring
+blocks with the same rows are one, so that with all tokens at the largest expert a layer is the
+single product of a dense one.
 
 In what follows `rows[j]` is the number of tokens of expert j or a larger one, `widths[j]` the
 channels of expert j, and block j the columns from `widths[j - 1]` to `widths[j]`.
@@ -47,9 +53,19 @@ def _flat_blocks(
     return [(slice(0, count * batch), columns) for count, columns in blocks]
 
 
-def _linear_(out: Tensor, x: Tensor, weight: Tensor, *, adds: bool) -> None:
-    """Write `x @ weight.T` to a slice, or add it."""
-    out.addmm_(x, weight.t(), beta=1 if adds else 0)
+def _flat_experts(
+    rows: Sequence[int], widths: Sequence[int], batch: int, seq: int
+) -> list[tuple[slice, int]]:
+    """Rows and width of each expert that has tokens, where the first two dimensions are one.
+
+    Tokens of no expert, if there are any, are the last, with width 0.
+    """
+    experts = zip((*rows, 0), (seq, *rows), (0, *widths), strict=True)
+    return [
+        (slice(start * batch, stop * batch), width)
+        for start, stop, width in experts
+        if start < stop
+    ]
 
 
 @torch.library.custom_op("torchtitan_mixtures::nested_expand", mutates_args=())
@@ -79,9 +95,8 @@ def nested_expand(
     seq, batch, dim = x.shape
     flat = x.reshape(-1, dim)
     product = x.new_empty(seq * batch, weight.shape[0])
-    product.copy_(bias)
-    for span, columns in _flat_blocks(rows, widths, batch):
-        _linear_(product[span], flat[span, columns], weight[:, columns], adds=True)
+    for span, width in _flat_experts(rows, widths, batch, seq):
+        torch.addmm(bias, flat[span, :width], weight[:, :width].t(), out=product[span])
     return product.view(seq, batch, weight.shape[0])
 
 
@@ -121,16 +136,17 @@ def nested_expand_grads(
     """
     if uses_triton:
         return triton_kernels.expand_grads(grad, x, weight, rows, widths)
-    batch, dim = x.shape[1:]
+    seq, batch, dim = x.shape
     flat, flat_grad = x.reshape(-1, dim), grad.reshape(-1, grad.shape[2])
-    grad_x, grad_weight = flat.new_empty(flat.shape), weight.new_zeros(weight.shape)
+    grad_x, grad_weight = flat.new_empty(flat.shape), weight.new_empty(weight.shape)
+    for span, width in _flat_experts(rows, widths, batch, seq):
+        torch.mm(flat_grad[span], weight[:, :width], out=grad_x[span, :width])
+        grad_x[span, width:].zero_()
     start = 0
     for span, columns in _flat_blocks(rows, widths, batch):
-        _linear_(grad_x[span, columns], flat_grad[span], weight[:, columns].t(), adds=False)
-        grad_x[span.stop :, columns].zero_()
-        _linear_(grad_weight[:, columns], flat_grad[span].t(), flat[span, columns].t(), adds=False)
+        torch.mm(flat_grad[span].t(), flat[span, columns], out=grad_weight[:, columns])
         start = columns.stop
-    grad_x[:, start:].zero_()
+    grad_weight[:, start:].zero_()
     return grad_x.view(x.shape), grad_weight, flat_grad.sum(0)
 
 
@@ -173,13 +189,9 @@ def nested_contract(
     seq, batch, dim = x.shape
     flat = x.reshape(-1, dim)
     product = x.new_empty(seq * batch, weight.shape[0])
-    start = 0
-    for span, columns in _flat_blocks(rows, widths, batch):
-        product[span, columns] = bias[columns]
-        _linear_(product[span, columns], flat[span], weight[columns], adds=True)
-        product[span.stop :, columns].zero_()
-        start = columns.stop
-    product[:, start:].zero_()
+    for span, width in _flat_experts(rows, widths, batch, seq):
+        torch.addmm(bias[:width], flat[span], weight[:width].t(), out=product[span, :width])
+        product[span, width:].zero_()
     return product.view(seq, batch, weight.shape[0])
 
 
@@ -219,17 +231,19 @@ def nested_contract_grads(
     """
     if uses_triton:
         return triton_kernels.contract_grads(grad, x, weight, rows, widths)
-    batch, dim = x.shape[1:]
+    seq, batch, dim = x.shape
     flat, flat_grad = x.reshape(-1, dim), grad.reshape(-1, grad.shape[2])
-    grad_x, grad_weight = flat.new_empty(flat.shape), weight.new_zeros(weight.shape)
+    grad_x, grad_weight = flat.new_empty(flat.shape), weight.new_empty(weight.shape)
     grad_bias = weight.new_zeros(weight.shape[0])
-    blocks = _flat_blocks(rows, widths, batch)
-    grad_x[blocks[0][0].stop if blocks else 0 :].zero_()
-    for index, (span, columns) in enumerate(blocks):
+    for span, width in _flat_experts(rows, widths, batch, seq):
+        torch.mm(flat_grad[span, :width], weight[:width], out=grad_x[span])
+    start = 0
+    for span, columns in _flat_blocks(rows, widths, batch):
         of_block = flat_grad[span, columns]
-        _linear_(grad_x[span], of_block, weight[columns].t(), adds=index > 0)
-        _linear_(grad_weight[columns], of_block.t(), flat[span].t(), adds=False)
+        torch.mm(of_block.t(), flat[span], out=grad_weight[columns])
         grad_bias[columns] = of_block.sum(0)
+        start = columns.stop
+    grad_weight[start:].zero_()
     return grad_x.view(x.shape), grad_weight, grad_bias
 
 

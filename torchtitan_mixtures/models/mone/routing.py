@@ -15,6 +15,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -187,7 +188,7 @@ class ExpertPreferredRouter(nn.Module):
             num_full_tokens: The first so many tokens get the largest expert in any case.
         """
         weight, bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in self.gate())
-        with torch.autocast(x.device.type, enabled=False):  # it would round to bfloat16
+        with _without_autocast(x.device):  # it would round to bfloat16
             probabilities = F.linear(x.to(weight.dtype), weight, bias).softmax(2)
         if self.kind == "argmax":
             experts = probabilities.argmax(2)
@@ -242,6 +243,12 @@ class ExpertPreferredRouter(nn.Module):
         """Initialise all weights."""
         init.trunc_normal_(self.weight, std=INIT_STD)
         nn.init.zeros_(self.bias)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keep precision as it is; the meta device, which has no autocast, does in any case."""
+    is_there = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_there else nullcontext()
 
 
 @torch.no_grad()
