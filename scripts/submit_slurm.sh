@@ -137,9 +137,11 @@ root=$PWD
 # A mistake in the configuration is better told now than when the nodes are there. What the nodes
 # have (data, GPUs) is not looked at.
 check_configuration() {
-    python - --config "$config" "$@" <<'PYTHON'
+    NODES=$nodes PROCESSES=$1 python - --config "$config" "${@:2}" <<'PYTHON'
+import os
 import sys
 
+from torchtitan_mixtures.layout_checks import check_batch_sizes
 from torchtitan_mixtures.train import parse_job, quiet_the_host
 from torchtitan_mixtures.user_errors import one_message
 
@@ -147,6 +149,11 @@ sys.argv[0] = "scripts/train.sh"  # whose --help lists the keys
 quiet_the_host()
 with one_message():
     job = parse_job(sys.argv[1:], check=lambda job: None)
+    ranks = int(os.environ["NODES"]) * int(os.environ["PROCESSES"])
+    layout = job.parallelism
+    for kind in ("tensor", "context", "pipeline"):
+        ranks //= max(1, getattr(layout, f"{kind}_parallel_degree"))
+    check_batch_sizes(job, max(1, ranks))
     if not job.checkpoint.enable:
         print("warning: checkpoint.enable is false: a job that reaches its time limit starts over "
               "from step 0, again and again. --sbatch-arg=--no-requeue prevents it.",
@@ -180,7 +187,7 @@ submit() {
             "or see the command with --dry-run."
     # Here and once, not by every node; they have the same checkout.
     prepare_environment
-    check_configuration "${overrides[@]}"
+    check_configuration "$processes" "${overrides[@]}"
     mkdir -p outputs/slurm # sbatch would not, and the job would fail without a word
     "${command[@]}"
 }

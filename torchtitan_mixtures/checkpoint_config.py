@@ -254,6 +254,9 @@ def _remedy(
             f"{now['image_size']}: set it as it was, or start from `python scripts/convert.py "
             f"resize --checkpoint {path} --image-size {now['image_size']} --out DIR` ({elsewhere})."
         )
+    routers = {"router_layer", "num_routers", "shared_router", "alpha_per_layer"} & differing
+    if routers:
+        others = f"[nested] ({', '.join(sorted(routers))})"
     other = "job.dump_folder" if is_own else "checkpoint.initial_load_path"
     return f"Set model.flavor and {others} as they were, or another {other}."
 
@@ -334,6 +337,11 @@ def _is_model_only(job_config: JobConfig, path: Path) -> bool:
 def _check_average(job_config: MixtureJobConfig, path: Path, saved: dict[str, Any]) -> None:
     """Refuse to go on with an average that the checkpoint does not have."""
     decay, before = job_config.ema.decay, saved["job_config"].get("ema", {}).get("decay", 0.0)
+    if decay == 0 and before > 0 and _is_own(job_config, path):
+        logger.warning(
+            f"ema.decay = 0: {path} has an average (decay {before}), which this run drops; its "
+            "next checkpoints have none."
+        )
     if decay > 0 and before == 0 and "ema" not in job_config.checkpoint.exclude_from_loading:
         raise ValueError(
             f"ema.decay = {decay}: {path} has no average to go on with. Set 0, or begin one with "

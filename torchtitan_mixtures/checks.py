@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import shutil
 import tomllib
@@ -22,13 +23,13 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import checkpoint_config, device, layout_checks
-from torchtitan_mixtures.classifier_checks import check_classifier, refuse_keys
+from torchtitan_mixtures.classifier_checks import TOKEN_KEYS, check_classifier, refuse_keys
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
 from torchtitan_mixtures.data import emoji_source, image_data, loader
 from torchtitan_mixtures.float8 import check_converters
-from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.job_config import MixtureJobConfig, Objective
 from torchtitan_mixtures.models import FAMILIES
-from torchtitan_mixtures.models.common.grouped_mm import is_aligned
+from torchtitan_mixtures.models.common.grouped_mm import has_fast_grouped_mm, is_aligned
 from torchtitan_mixtures.objectives.denoising import build_process
 from torchtitan_mixtures.sampling.during_training import check_sampling
 from torchtitan_mixtures.towers import check_towers, warn_of_empty_modalities
@@ -145,7 +146,7 @@ def _check_types(section: Any, prefix: str) -> None:
             raise ValueError(f"{prefix}{key.name} = {value!r}: must be {describe_type(key.type)}.")
 
 
-def _check_counts(job_config: JobConfig) -> None:
+def _check_counts(job_config: MixtureJobConfig) -> None:
     """Check the numbers of things of which there must be one, and that the host divides by."""
     keys = [
         "training.local_batch_size",
@@ -169,6 +170,12 @@ def _check_counts(job_config: JobConfig) -> None:
                 f"checkpoint.keep_latest_k = {kept}: must be 0 (all) or 2 or more; the newest may "
                 "be incomplete."
             )
+    seeds = {"debug.seed": job_config.debug.seed, "multimodal.seed": job_config.multimodal.seed}
+    for key, seed in seeds.items():
+        if seed is not None and seed < 0:
+            raise ValueError(f"{key} = {seed}: must be 0 or more.")
+    if not 0 <= job_config.optimizer.lr < math.inf:
+        raise ValueError(f"optimizer.lr = {job_config.optimizer.lr}: must be a finite number >= 0.")
     for key in keys:
         section, _, name = key.partition(".")
         value = getattr(getattr(job_config, section), name)
@@ -215,11 +222,37 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
 
 def _check_image_data(job_config: MixtureJobConfig) -> None:
     """Check what is left after a model's arguments were completed from its images."""
+    _check_objective(job_config.objective)
     keys = ("dispatch", "untie", "tower_of_modality", "context_parallel")
     refuse_keys(job_config, "mixture", "towers of modalities", keys)
+    refuse_keys(job_config, "multimodal", "tokens of documents", TOKEN_KEYS)
     image_data.check_splits(job_config)
     image_data.warn_of_thumbnails(job_config)
     build_process(job_config.objective, image_data.image_spec(job_config).channels)
+
+
+def _check_objective(objective: Objective) -> None:
+    """Refuse keys that another kind of process, or density of times, would read."""
+    defaults = Objective()
+    readers = {
+        ("kind", "ddpm"): ("noise_steps", "noise_schedule", "learned_variance"),
+        ("kind", "flow"): ("time_density", "time_shift"),
+        ("time_density", "logit_normal"): ("logit_mean", "logit_std"),
+        ("time_density", "mode"): ("mode_scale",),
+    }
+    for (choice, value), keys in readers.items():
+        for key in keys:
+            found = getattr(objective, key)
+            if getattr(objective, choice) != value and found != getattr(defaults, key):
+                raise ValueError(
+                    f"objective.{key} = {found!r}: is read with objective.{choice} = {value!r}, "
+                    f"which is {getattr(objective, choice)!r}; set that, or remove the key."
+                )
+    if objective.kind == "ddpm" and objective.validation_levels > objective.noise_steps:
+        raise ValueError(
+            f"objective.validation_levels = {objective.validation_levels}: there are no more than "
+            f"objective.noise_steps = {objective.noise_steps}."
+        )
 
 
 def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
@@ -258,12 +291,20 @@ def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
 
 def warn_of_unaligned_widths(job_config: JobConfig, model_args: Any) -> None:
     """Warn of mixers that an accelerator cannot compute by grouped matrix products."""
+    if not device.has_accelerator():
+        return
     parallel = job_config.parallelism.tensor_parallel_degree
     widths = getattr(model_args, "mixer_widths", lambda parallel: {})(parallel)
     name = job_config.training.mixed_precision_param
     dtype: torch.dtype = getattr(torch, name)
     wrong = [f"{n} {what}" for what, n in widths.items() if not is_aligned(n, dtype)]
-    if wrong and device.has_accelerator():
+    if widths and not has_fast_grouped_mm(dtype):
+        logger.warning(
+            f"training.mixed_precision_param = {name!r}: PyTorch has grouped matrix products in "
+            "bfloat16, for Hopper and later. On this device, or in this precision, mixers are "
+            "computed one by one, and each layer waits for the device."
+        )
+    elif wrong:
         logger.warning(
             f"model.flavor = {job_config.model.flavor!r} with multimodal.image_size = "
             f"{model_args.image_size} has {' and '.join(wrong)}, not multiples of "

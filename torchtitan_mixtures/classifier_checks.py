@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_mixtures import device
+from torchtitan_mixtures.classifier_config import Nested
 from torchtitan_mixtures.data import image_data
 from torchtitan_mixtures.data.latents import is_latent_folder
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.objectives.mixing import check_mixing
+
+TOKEN_KEYS = (
+    *("caption_column", "scene_fraction", "max_pairs", "shards", "reset_positions"),
+    *("text_tokenizer", "image_tokenizer", "speech_tokenizer"),
+    *("text_weight", "image_weight", "speech_weight"),
+)
+"""Keys of `[multimodal]` that are about documents of tokens."""
 
 
 def refuse_keys(
@@ -56,6 +64,7 @@ def check_classifier(job_config: MixtureJobConfig, model_args: Any) -> None:
         ValueError: Names the key, its value and what is allowed.
     """
     refuse_keys(job_config, "mixture", "mixers and no towers of modalities")
+    refuse_keys(job_config, "multimodal", "tokens of documents", TOKEN_KEYS)
     refuse_keys(job_config, "objective", "noise to remove")
     if model_args.num_experts == 1:
         refuse_keys(job_config, "nested", "nested experts", owner="model.flavor")
@@ -65,6 +74,11 @@ def check_classifier(job_config: MixtureJobConfig, model_args: Any) -> None:
             f"{job_config.model.name!r} classifies images and draws none; set it to 0."
         )
     _check_pixels(job_config)
+    if model_args.num_classes < 2 and not job_config.classification.multi_label:
+        raise ValueError(
+            f"multimodal.path = {job_config.multimodal.path!r}: has one class alone, of which "
+            "nothing can be learned; name the folder above, with one folder for each class."
+        )
     image_data.check_splits(job_config)
     check_mixing(job_config.classification, job_config.training.local_batch_size)
     if job_config.nested.kernels == "triton" and not device.has_accelerator():
@@ -92,6 +106,15 @@ def _check_pixels(job_config: MixtureJobConfig) -> None:
 def _check_capacities(job_config: MixtureJobConfig, model_args: Any) -> None:
     """Check that the model can have every capacity that training or validation will ask for."""
     nested = job_config.nested
+    if nested.routing == "argmax":
+        keys = ("capacity", "schedule", "validation_capacities", "same_flops", "allocation")
+        for key in keys:
+            value = getattr(nested, key)
+            if value != getattr(Nested(), key):
+                raise ValueError(
+                    f"nested.{key} = {value!r}: with nested.routing = 'argmax' tokens choose, "
+                    "whatever the capacity; remove the key."
+                )
     asked = {"validation_capacities": nested.validation_capacities}
     if nested.schedule == "adaptive":
         asked["capacities"] = nested.capacities

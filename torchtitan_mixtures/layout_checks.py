@@ -64,15 +64,27 @@ def check_layout(job_config: MixtureJobConfig, model_args: Any) -> None:
     _check_context_parallel(job_config, model_args, cuts.context_parallel)
     _check_pipeline(job_config, model_args)
     ranks = _check_degrees(job_config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
-    local, wanted = job_config.training.local_batch_size, job_config.training.global_batch_size
-    if wanted >= 0 and (wanted == 0 or wanted % (local * ranks)):
-        raise ValueError(
-            f"training.global_batch_size = {wanted}: must be -1 or a multiple of "
-            f"training.local_batch_size ({local}) x data-parallel ranks ({ranks}) = "
-            f"{local * ranks}."
-        )
+    check_batch_sizes(job_config, ranks)
     if hasattr(model_args, "modality_names"):  # the readers of token data share its shards
         count_shards(job_config, ranks)
+
+
+def check_batch_sizes(job_config: JobConfig, ranks: int) -> None:
+    """Check that a global batch can be shared by so many data-parallel ranks.
+
+    Raises:
+        ValueError: Names the keys, and local batch sizes that are possible.
+    """
+    local, wanted = job_config.training.local_batch_size, job_config.training.global_batch_size
+    if wanted < 0 or (wanted > 0 and wanted % (local * ranks) == 0):
+        return
+    of_rank = wanted // ranks if wanted % ranks == 0 else 0
+    possible = f" Possible local_batch_size: {_divisors(of_rank)}." if of_rank else ""
+    raise ValueError(
+        f"training.global_batch_size = {wanted}: must be -1 or a multiple of "
+        f"training.local_batch_size ({local}) x data-parallel ranks ({ranks}) = "
+        f"{local * ranks}.{possible}"
+    )
 
 
 def _cuts(family: str) -> Cuts:

@@ -139,6 +139,8 @@ class MixtureMetricsProcessor(MetricsProcessor):
         self._print(step, scalars, losses, norms)
         self._warn_of_idle_towers(norms)
         self.restart_clock(step)
+        if not math.isfinite(global_avg_loss + grad_norm):
+            raise diverged(step, f"loss = {global_avg_loss}, grad_norm = {grad_norm}")
 
     def _speed(self, step: int) -> dict[str, Any]:
         """Throughput and memory since the clock was started."""
@@ -327,6 +329,20 @@ class MixtureMetricsProcessor(MetricsProcessor):
             f"{c.blue}tps: {round(scalars['throughput(tps)']):,}  "
             f"{c.cyan}tflops: {scalars['tflops']:,.2f}{utilisation}{c.reset}"
         )
+
+
+def diverged(step: int, what: str) -> ValueError:
+    """Make the error of a run whose numbers are none any more.
+
+    Args:
+        step: The training step.
+        what: What is not finite.
+    """
+    return ValueError(
+        f"step {step}: {what}: training has diverged, and nothing of it was saved. Checkpoints "
+        "before are as they were; start again from one with a smaller optimizer.lr, more "
+        "lr_scheduler.warmup_steps or a smaller training.max_norm, or look for broken data."
+    )
 
 
 def _squared_norm(tensors: list[Tensor]) -> float:

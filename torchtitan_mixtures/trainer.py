@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
@@ -18,7 +19,7 @@ from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.ema import EMA, STATE
 from torchtitan_mixtures.job_config import MixtureJobConfig
-from torchtitan_mixtures.metrics import MixtureMetricsProcessor
+from torchtitan_mixtures.metrics import MixtureMetricsProcessor, diverged
 from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
 from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.pipeline import Pipeline
@@ -127,12 +128,23 @@ class MixtureTrainer(Trainer):
             self.ema.update()
         last = self.step == self.job_config.training.steps
         if self.checkpointer.enable and self.checkpointer._should_save(self.step, last):
+            self._require_finite_weights()
             weights_only = last and self.job_config.checkpoint.last_save_model_only
             self._write_config(self.step, weights_only)
         if self.sampler is not None and self.sampler.is_due(self.step):
             averaged = nullcontext() if self.ema is None else self.ema.swapped()
             with averaged, self.maybe_enable_amp:
                 self.sampler.sample(self.model_parts[0], self.step)
+
+    def _require_finite_weights(self) -> None:
+        """Raise ValueError instead of letting a checkpoint push out one that is sound."""
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        flags = torch.stack([p.detach().isfinite().all().to(self.device) for p in own])
+        worst = flags.all().float()
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MIN)
+        if not worst:
+            raise diverged(self.step, "weights are not finite")
 
     def state_dict(self) -> dict[str, Any]:
         """Step and tokens seen; the latter by all ranks, for a resume with another number of them.

@@ -110,6 +110,27 @@ def test_validation_reports_every_split_and_leaves_training_as_it_was(family, tm
     assert all(math.isfinite(loss) for loss in with_it["validation"].values())
 
 
+def run_until_divergence(family, *overrides):
+    with pytest.raises(ValueError) as error:
+        train(family, *overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_diverges_stops_and_keeps_its_sound_checkpoint(family, tmp_path):
+    base = ("--metrics.no_enable_tensorboard", "--validation.no_enable", "--ema.decay=0",
+            "--training.steps=9", "--checkpoint.interval=1", "--lr_scheduler.warmup_steps=1",
+            f"--job.dump_folder={tmp_path}", "--optimizer.lr=1e38")  # fmt: skip
+    # What is logged tells; where nothing is, the weights do before they are saved.
+    for frequency, expected in ((1, "diverged"), (100, "weights are not finite")):
+        (message,) = run_ranks(
+            run_until_divergence, 1, family, *base, f"--metrics.log_freq={frequency}", init=False
+        )
+        assert expected in message and "smaller optimizer.lr" in message
+    for step in tmp_path.glob("checkpoint/step-*"):
+        assert checkpoint_config.read(step)["weights_only"] is False
+
+
 @pytest.mark.parametrize("option", ["full", "selective", "op"])
 def test_activation_checkpointing_changes_nothing(option, tmp_path):
     mode = {"full": ["--activation_checkpoint.mode=full"],

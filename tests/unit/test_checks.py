@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
-from torchtitan_mixtures import device
+from torchtitan_mixtures import checks, device
 from torchtitan_mixtures.checks import (
     check_arguments,
     check_job,
@@ -158,12 +158,53 @@ def test_mixers_that_an_accelerator_computes_slowly_are_warned_of(
     job = debug_job("mom", *options)
     args = get_train_spec("mom").model_args[job.model.flavor]
     args.image_size = image_size
+    monkeypatch.setattr(checks, "has_fast_grouped_mm", lambda dtype: True)
     caplog.clear()
     for has_accelerator in (False, True):
         monkeypatch.setattr(device, "has_accelerator", [has_accelerator].pop)
         warn_of_unaligned_widths(job, args)
         assert len(caplog.records) == (has_accelerator and message != "")
     assert not message or re.search(message, caplog.records[0].message)
+
+
+@pytest.mark.parametrize(("flavor", "is_slow"), [("debugmodel", True), ("debugmodel_dit", False)])
+def test_a_device_without_grouped_products_is_warned_of(flavor, is_slow, monkeypatch, caplog):
+    monkeypatch.setattr(device, "has_accelerator", lambda: True)
+    job = debug_job("mom")
+    caplog.clear()
+    warn_of_unaligned_widths(job, get_train_spec("mom").model_args[flavor])
+    assert len(caplog.records) == is_slow
+    assert not is_slow or "computed one by one" in caplog.records[0].message
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        (
+            "mom",
+            ["--objective.time_shift=3"],
+            r"time_shift = 3\.0: is read with objective\.kind = ",
+        ),
+        ("mom", ["--objective.kind=flow", "--objective.noise_steps=500"], r"noise_steps = 500: is"),
+        (
+            "mom",
+            ["--objective.kind=flow", "--objective.logit_std=2"],
+            r"time_density = .logit",
+        ),
+        ("mom", ["--objective.noise_steps=4"], r"validation_levels = 8: there are no more than"),
+        ("mom", ["--multimodal.image_weight=0.5"], r"image_weight = 0\.5: .* has no tokens of doc"),
+        ("mone", ["--multimodal.max_pairs=2"], r"max_pairs = 2: .* has no tokens of documents"),
+        ("mot", ["--debug.seed=-1"], r"debug\.seed = -1: must be 0 or more"),
+        ("mom", ["--multimodal.seed=-1"], r"multimodal\.seed = -1: must be 0 or more"),
+        ("mone", ["--optimizer.lr=-1"], r"optimizer\.lr = -1\.0: must be a finite number"),
+        ("mom", ["--training.global_batch_size=3"], r"Possible local_batch_size: 1, 3\."),
+    ],
+)
+def test_keys_that_would_change_nothing_or_cannot_be_are_refused(
+    family, overrides, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        check_job(debug_job(family, f"--job.dump_folder={tmp_path}", *overrides))
 
 
 def test_values_of_our_sections_are_checked_on_their_own():

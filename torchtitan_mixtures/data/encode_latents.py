@@ -200,6 +200,12 @@ class _Encoder:
             flipped = self._vae.moments(pixels.flip(-1))
             tensors |= dict(zip(("mean_flipped", "std_flipped"), flipped, strict=True))
         tensors = {key: part.to("cpu", dtype).contiguous() for key, part in tensors.items()}
+        if not all(part.isfinite().all() for part in tensors.values()):
+            remedy = "encode without --half, or use" if self._encoding.half else "use"
+            raise ValueError(
+                f"--vae {self._encoding.vae}: returns latents that are not finite numbers; "
+                f"{remedy} another VAE."
+            )
         return {**tensors, "labels": torch.tensor([item.label for item in read])}
 
     def _judge(self, is_end: bool) -> None:

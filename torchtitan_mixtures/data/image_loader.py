@@ -155,6 +155,8 @@ def build_image_dataloader(
     images = open_images(job_config, "multimodal.train_split", config.train_split)
     collator = _collator(job_config, images, job_config.training.local_batch_size)
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
+    if config.source == "folder":  # which may have moved; names in it say what it is
+        del fingerprint["multimodal.path"]
     augmentation = None
     if _is_classifier(job_config):
         section = cast("MixtureJobConfig", job_config).classification

@@ -12,6 +12,7 @@ and for every split which shards there are, with their images and bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -168,7 +169,13 @@ class LatentImages:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `ImageSet.fingerprint`."""
-        return {"images of the split": len(self), "hash of the VAE": self._index.vae_sha256}
+        shards = [(shard.file, shard.images, shard.bytes) for shard in self._shards]
+        content = json.dumps([self._index.class_names, shards]).encode()
+        return {
+            "images of the split": len(self),
+            "hash of the VAE": self._index.vae_sha256,
+            "hash of the shards' names and sizes": hashlib.sha256(content).hexdigest()[:16],
+        }
 
     def _find(self, index: int) -> tuple[int, int]:
         """The shard of an image, and its row there."""

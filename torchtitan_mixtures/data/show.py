@@ -14,6 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from torchtitan.protocols.train_spec import get_train_spec
+
 from torchtitan_mixtures.data.batch import check_batch
 from torchtitan_mixtures.data.codecs import build_codecs
 from torchtitan_mixtures.data.inspection import (
@@ -90,6 +92,12 @@ def _is_precious(out: Path) -> bool:
 
 def make_page(job_config: MixtureJobConfig, num_sequences: int, split: str | None) -> str:
     """Make the page that `write_page` writes."""
+    spec = get_train_spec(job_config.model.name)
+    if spec.build_tokenizer_fn is None:
+        raise ValueError(
+            f"model.name = {job_config.model.name!r}: has images and no sequences of tokens, which "
+            "this page shows; pictures are in the log of a run (tensorboard --logdir outputs)."
+        )
     config = job_config.multimodal
     split = split or config.train_split
     codecs = build_codecs(job_config)

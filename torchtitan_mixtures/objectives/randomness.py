@@ -17,8 +17,9 @@ from torch import Tensor
 def sample_generator(seed: int, sample: int, purpose: str) -> torch.Generator:
     """Make the generator of one sample for one purpose.
 
-    PyTorch's generator on the CPU takes 32 bits of a seed, so that of some hundred thousand
-    samples a few pairs share their numbers; which ones is left to the hash.
+    PyTorch's generator on the CPU takes 32 bits of a seed, so that of n samples about n^2 / 2^33
+    pairs share their numbers: one of a hundred thousand, a million of a hundred million. Which ones
+    is left to the hash.
 
     Args:
         seed: Seed of the run.

@@ -19,7 +19,7 @@ from torchtitan_mixtures.data import image_data
 from torchtitan_mixtures.data.encode_latents import Encoding, encode
 from torchtitan_mixtures.data.image_data import check_splits, image_spec, open_images
 from torchtitan_mixtures.data.image_sets import ClassFolders, FolderImages
-from torchtitan_mixtures.data.vae import load_vae
+from torchtitan_mixtures.data.vae import Vae, load_vae
 
 IMAGE_BYTES = 4 * 8 * 8 * 2 * 4  # mean and std of 4 x 8 x 8 latents in float32
 
@@ -40,6 +40,10 @@ def pictures(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def forget_folders():
     """Tests change folders that a process would not see change."""
+    forget()
+
+
+def forget():
     image_data._class_folders.cache_clear()
     image_data._latent_index.cache_clear()
 
@@ -129,6 +133,26 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(pictures, vae, tmp_path, m
         make_encoding(pictures, vae, tmp_path / "whole"), ignore
     )
     assert lines == [f"{tmp_path / 'parts'} is complete already"]
+
+
+def test_latents_that_are_no_numbers_are_not_written(pictures, vae, tmp_path, monkeypatch):
+    def moments(self, pixels):
+        return torch.full((len(pixels), 4, 8, 8), torch.nan), torch.ones(len(pixels), 4, 8, 8)
+
+    monkeypatch.setattr(Vae, "moments", moments)
+    with pytest.raises(ValueError, match=r"not finite numbers; encode without --half, or use"):
+        encode(make_encoding(pictures, vae, tmp_path / "out", half=True), ignore)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_latents_that_moved_are_the_same_and_others_are_not(pictures, vae, tmp_path):
+    encode(make_encoding(pictures, vae, tmp_path / "a"), ignore)
+    before = open_train(tmp_path / "a").fingerprint()
+    (tmp_path / "a").rename(tmp_path / "b")
+    forget()
+    assert open_train(tmp_path / "b").fingerprint() == before
+    encode(make_encoding(pictures, vae, tmp_path / "c", size=32), ignore)
+    assert open_train(tmp_path / "c", image_size=16).fingerprint() != before
 
 
 def test_a_folder_of_something_else_is_left_alone(pictures, vae, tmp_path):

@@ -45,6 +45,7 @@ from torchtitan_mixtures.data.show_page import SequenceView, render_page, split_
 from torchtitan_mixtures.data.sources import Document, Segment
 from torchtitan_mixtures.data.speech import build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
+from torchtitan_mixtures.models import FAMILIES
 
 THREE = Modalities(("text", "image", "speech"), ((0, 300), (300, 316), (316, 336)))
 SEQ_LEN = 64
@@ -494,3 +495,9 @@ def test_faults_of_a_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "show", "x.toml", "--out", "page.html"])
     with pytest.raises(ValueError, match="no number"):
         command.main()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mot"])
+def test_models_of_images_have_no_page_of_sequences(family, tmp_path):
+    with pytest.raises(ValueError, match=rf"'{family}': has images and no sequences of tokens"):
+        write_page(debug_job(family), tmp_path / "page.html")

@@ -20,6 +20,16 @@ def is_aligned(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % 16 == 0
 
 
+def has_fast_grouped_mm(dtype: torch.dtype) -> bool:
+    """Say whether the accelerator has a kernel for it; else PyTorch reads the ends and loops.
+
+    As is known of PyTorch 2.10: for bfloat16 on NVIDIA devices of capability 9 or more. Not run
+    here.
+    """
+    is_cuda = torch.cuda.is_available() and torch.version.hip is None
+    return dtype == torch.bfloat16 and is_cuda and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def _is_supported(*widths: int, dtype: torch.dtype) -> bool:
     aligned = all(is_aligned(width, dtype) for width in widths)
     return aligned and dtype in (torch.float32, torch.bfloat16, torch.float16)
