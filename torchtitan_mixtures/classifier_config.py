@@ -71,8 +71,8 @@ class Nested:
     A capacity is the effective one of the paper: the mean share of the width that tokens get.
     """
 
-    capacity: float = 0.0
-    """Effective capacity, from 1 / 2^(experts - 1) to 1. 0 = what the flavour says."""
+    capacity: float = -1.0
+    """Effective capacity, from 1 / 2^(experts - 1) to 1. -1 = what the flavour says."""
 
     schedule: Literal["constant", "linear", "cosine", "exponential", "adaptive"] = "constant"
     """How the capacity of training steps changes. `constant`: not. `linear`, `cosine` and
@@ -104,11 +104,11 @@ class Nested:
     `greedy`: to the largest and the smallest. `skip`: to the largest; other tokens skip the
     block."""
 
-    delta: float = 0.0
-    """For `entropy`: how much experts differ in what they earn, above 1. 0 = as the flavour."""
+    delta: float = -1.0
+    """For `entropy`: how much experts differ in what they earn, above 1. -1 = as the flavour."""
 
-    beta: float = 0.0
-    """For `entropy`: weight of the entropy, above 0. 0 = as the flavour."""
+    beta: float = -1.0
+    """For `entropy`: weight of the entropy, above 0. -1 = as the flavour."""
 
     incentive: Literal["", "multiplicative", "divisive"] = ""
     """For `entropy`: whether larger experts earn `delta` times as much or as little as the next."""
@@ -121,8 +121,8 @@ class Nested:
     router_layer: int = -1
     """First block with routed tokens; blocks before it are dense. -1 = as the flavour."""
 
-    num_routers: int = 0
-    """Routers, evenly spaced over the blocks from `router_layer` on. 0 = as the flavour."""
+    num_routers: int = -1
+    """Routers, evenly spaced over the blocks from `router_layer` on. -1 = as the flavour."""
 
     shared_router: bool = False
     """Let all routers have the same weights."""
@@ -148,7 +148,10 @@ class Nested:
     def __post_init__(self) -> None:
         check_section("nested", self)
         rules = {
-            "capacity": (0 <= self.capacity <= 1, "above 0 and at most 1 (0: as the flavour)"),
+            "capacity": (
+                self.capacity == -1 or 0 < self.capacity <= 1,
+                "above 0 and at most 1 (-1: as the flavour)",
+            ),
             "start_capacity": (0 < self.start_capacity <= 1, "above 0 and at most 1"),
             "schedule_levels": (self.schedule_levels >= 2, "2 or more"),
             "capacities": (
@@ -159,10 +162,16 @@ class Nested:
                 all(0 < c <= 1 for c in self.validation_capacities),
                 "numbers above 0 and at most 1",
             ),
-            "delta": (self.delta == 0 or 1 < self.delta < math.inf, "above 1 (0: as the flavour)"),
-            "beta": (0 <= self.beta < math.inf, "above 0 (0: as the flavour)"),
+            "delta": (
+                self.delta == -1 or 1 < self.delta < math.inf,
+                "above 1 (-1: as the flavour)",
+            ),
+            "beta": (self.beta == -1 or 0 < self.beta < math.inf, "above 0 (-1: as the flavour)"),
             "router_layer": (self.router_layer >= -1, "0 or more (-1: as the flavour)"),
-            "num_routers": (self.num_routers >= 0, "1 or more (0: as the flavour)"),
+            "num_routers": (
+                self.num_routers == -1 or self.num_routers >= 1,
+                "1 or more (-1: as the flavour)",
+            ),
             "alpha_init": (
                 self.alpha_init == -1 or 0 <= self.alpha_init < 1,
                 "at least 0 and below 1 (-1: as the flavour)",

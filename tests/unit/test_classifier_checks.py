@@ -1,15 +1,21 @@
 """What a classifier cannot use, or have, is refused before any work."""
 
 import pytest
+from PIL import Image
 from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.jobs import debug_job
 from torchtitan_mixtures import device
 from torchtitan_mixtures.checks import check_data, check_job
 from torchtitan_mixtures.classifier_checks import check_classifier
+from torchtitan_mixtures.classifier_config import Nested
 from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
 
-DENSE = ("--model.flavor=debugmodel_dense", "--nested.capacity=0", "--nested.validation_capacities")
+DENSE = (
+    "--model.flavor=debugmodel_dense",
+    "--nested.capacity=-1",
+    "--nested.validation_capacities",
+)
 CAPACITIES = "--nested.validation_capacities"
 
 
@@ -37,9 +43,11 @@ CAPACITIES = "--nested.validation_capacities"
             r"start_capacity = 0\.4: must be nested\.capacity = 0\.5 or more",
         ),
         (
-            ["--nested.allocation=uniform", "--nested.capacity=0", CAPACITIES, "0.3"],
+            ["--nested.allocation=uniform", "--nested.capacity=-1", CAPACITIES, "0.3"],
             r"validation_capacities = \[0\.3\]: .* allocation = 'uniform' has an effective capa",
         ),
+        (["--nested.routing=argmax", "--nested.capacity=0.3"], r"capacity = 0\.3: with nested"),
+        (["--nested.routing=argmax", "--nested.schedule=adaptive"], r"schedule = 'adaptive': with"),
         ([*DENSE, "--nested.same_flops"], r"same_flops = True: model\.flavor = 'debugmodel_dense'"),
         ([*DENSE[:2], CAPACITIES, "1.0"], r"validation_capacities = \[1\.0\]: .* has no nested"),
     ],
@@ -88,3 +96,18 @@ def test_a_job_is_lengthened_to_the_same_multiply_adds_once():
     lengthen_to_same_flops(job)
     assert 200 < job.training.steps < 300
     assert not job.nested.same_flops
+
+
+def test_one_class_is_no_task(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "cat" / "1.png")
+    job = debug_job("mone", "--multimodal.source=folder", f"--multimodal.path={tmp_path}",
+                    "--validation.no_enable")  # fmt: skip
+    with pytest.raises(ValueError, match=r"has one class alone, .* name the folder above"):
+        check_data(job)
+
+
+@pytest.mark.parametrize("key", ["capacity", "delta", "beta", "num_routers"])
+def test_zero_is_no_way_to_say_nothing(key):
+    with pytest.raises(ValueError, match=rf"nested\.{key} = 0(\.0)?: must be .* \(-1: as the flav"):
+        Nested(**{key: 0})

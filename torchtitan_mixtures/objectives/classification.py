@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -131,7 +132,11 @@ class ClassificationLoss:
         self.schedule = schedule
         # A bucket for each capacity: what is learned at one says little about another's loss.
         self._capacities = list(dict.fromkeys(schedule.levels))
-        self.meter = LossMeter([f"{c:.4g}" for c in self._capacities], "capacity", in_bits=False)
+        names = [f"{c:.4g}" for c in self._capacities]
+        if args.routing == "argmax":  # has one capacity in name only
+            names = ["of each token's choice"]
+        self.meter = LossMeter(names, "capacity", in_bits=False)
+        self._router_scale: Any = None
         self.details = ClassificationMeter(args.num_experts, parallel_dims)
         self._args = args
         self._config = config
@@ -164,7 +169,7 @@ class ClassificationLoss:
         """Mix the images of a batch, and say what is to be spent on them.
 
         Args:
-            model: Not used; other objectives need it, as the next one.
+            model: Whose alpha is reported.
             tokenizer: Not used.
             input_dict: The batch of an image loader, on the model's device: `input` `(batch,
                 channels, height, width)`, `class_labels` `(batch,)` or `(batch, labels)` int64,
@@ -181,6 +186,7 @@ class ClassificationLoss:
         Raises:
             ValueError: Images have several classes, but the loss is of one.
         """
+        self._router_scale = getattr(model, "router_scale", None)
         images, classes = input_dict["input"], input_dict["class_labels"]
         if classes.dim() > 1 and not self._config.multi_label:
             raise ValueError(
@@ -259,7 +265,18 @@ class ClassificationLoss:
 
     def scalars(self) -> dict[str, float]:
         """What is reported beside the loss, of the microbatches of a step; all ranks must ask."""
-        return self.details.scalars()
+        return self.details.scalars() | self._alphas()
+
+    def _alphas(self) -> dict[str, float]:
+        """Alpha of the model, or of each layer: as long as it is 0 routers learn nothing."""
+        if self._router_scale is None:
+            return {}
+        alpha: Tensor = self._router_scale.alpha.detach()
+        whole = alpha.full_tensor() if isinstance(alpha, DTensor) else alpha
+        values = whole.tolist()
+        if len(values) == 1:
+            return {"nested/alpha": values[0]}
+        return {f"nested/layer_{layer}/alpha": value for layer, value in enumerate(values)}
 
 
 def cross_entropies(

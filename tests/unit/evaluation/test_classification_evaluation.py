@@ -29,7 +29,7 @@ SMALL = ("--validation.local_batch_size=64", "--validation.steps=-1")
 LISTED = ("--nested.validation_capacities", "0.3", "1.0")
 DENSE = (
     "--model.flavor=debugmodel_dense",
-    "--nested.capacity=0",
+    "--nested.capacity=-1",
     "--nested.validation_capacities",
 )
 

@@ -216,13 +216,14 @@ class MoNEModelArgs(BaseModelArgs):
 
     def _take_nested(self, job_config: MixtureJobConfig) -> None:
         nested = job_config.nested
-        for key in ("allocation", "delta", "beta", "incentive", "routing", "num_routers"):
+        for key in ("allocation", "incentive", "routing"):
             setattr(self, key, getattr(nested, key) or getattr(self, key))
-        only = fixed_capacity(self.allocation, self.num_experts)
-        self.capacity = nested.capacity or (self.capacity if only is None else only)
-        for key in ("router_layer", "alpha_init"):
+        for key in ("capacity", "delta", "beta", "num_routers", "router_layer", "alpha_init"):
             if getattr(nested, key) != -1:
                 setattr(self, key, getattr(nested, key))
+        only = fixed_capacity(self.allocation, self.num_experts)
+        if only is not None and nested.capacity == -1:
+            self.capacity = only
         self.shared_router = nested.shared_router or self.shared_router
         self.alpha_per_layer = nested.alpha_per_layer or self.alpha_per_layer
         self.tokens_multiple, self.kernels = nested.tokens_multiple, nested.kernels

@@ -81,6 +81,9 @@ class NestedFeedForward(nn.Module):
 class NestedBlock(nn.Module):
     """Attention and feed-forward network of which tokens get nested slices.
 
+    Its input is sorted by expert: the first tokens get the most. `ExpertPreferredRouter` says who
+    that is, `Routing.sort` puts them in front, and `Routing.offset` is how the router learns.
+
     State dict:
 
         attention_norm.weight, attention_norm.bias, ffn_norm.weight, ffn_norm.bias  (dim,)
@@ -115,6 +118,8 @@ class NestedBlock(nn.Module):
             check_distribution(capacity_distribution, num_experts)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads = {num_heads}: must be a divisor of dim = {dim}.")
+        if not round(mlp_ratio * dim) > 0:
+            raise ValueError(f"mlp_ratio = {mlp_ratio}: must be a number > 1 / dim.")
         self.capacity_distribution = capacity_distribution
         self.attention_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.attention = NestedAttention(dim, num_heads, num_experts)

@@ -14,6 +14,7 @@ Deviations:
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,8 +65,10 @@ def compute_capacity_distribution(
     Raises:
         ValueError: An argument is out of its range.
     """
-    if E < 1:
-        raise ValueError(f"E = {E}: must be 1 or more experts.")
+    if not isinstance(E, numbers.Integral) or E < 1:
+        raise ValueError(f"E = {E!r}: must be 1 or more experts.")
+    if isinstance(e_c, str):
+        raise ValueError(f"e_c = {e_c!r}: must be a number.")
     shares = expert_shares(E)
     if not shares[0] <= e_c <= 1:
         raise ValueError(f"e_c = {e_c}: must be from {shares[0]:g} to 1 with {E} experts.")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ __all__ = [
     "choose_tokens",
     "compute_capacity_distribution",
     "expert_mask",
+    "sort_by_experts",
     "sort_tokens",
 ]
 
@@ -72,6 +73,19 @@ class Routing(NamedTuple):
         """Put tokens `(batch, seq, ...)` into this order; see `sort_tokens`."""
         return sort_tokens(x, self.order)
 
+    def offset(self, alpha: Tensor | float) -> Tensor:
+        """What blocks scale their feed-forward branch by, less one: `alpha r` of sorted tokens.
+
+        It is how a router learns.
+
+        Args:
+            alpha: A number, or a parameter `(1,)`.
+
+        Returns:
+            `(batch, seq, 1)` float32.
+        """
+        return alpha * self.sort(self.probabilities[:, :, None])
+
     def restore(self, x: Tensor) -> Tensor:
         """Undo `sort`."""
         return sort_tokens(x, self.order.argsort(1))
@@ -92,6 +106,31 @@ def sort_tokens(x: Tensor, order: Tensor) -> Tensor:
     rows = x.transpose(0, 1).flatten(0, 1)
     places = order.t() * batch + torch.arange(batch, device=x.device)  # (seq, batch)
     return rows.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(0, 1)
+
+
+def sort_by_experts(experts: Tensor, num_experts: int) -> tuple[Tensor, Budget]:
+    """Sort tokens whose experts someone else chose; reads their numbers from the device.
+
+    Args:
+        experts: Expert of each token, from 0, the smallest, `(batch, seq)` int64.
+        num_experts: Number of experts.
+
+    Returns:
+        Number of the token at each place, for `sort_tokens`, `(batch, seq)` int64, and the budget
+        of blocks.
+
+    Raises:
+        ValueError: Experts are out of range, or not as many tokens of each in all samples.
+    """
+    if experts.min() < 0 or experts.max() >= num_experts:
+        raise ValueError(f"experts: must be from 0 to {num_experts - 1} (num_experts - 1).")
+    counts = (experts[:, :, None] == torch.arange(num_experts, device=experts.device)).sum(1)
+    if (counts != counts[0]).any():
+        raise ValueError(
+            f"experts: samples have {counts.tolist()} tokens of each expert; all must have as many."
+        )
+    order = (num_experts - 1 - experts).argsort(dim=1, stable=True)
+    return order, Budget(tuple(counts[0].tolist()))
 
 
 def choose_tokens(scores: Tensor, budget: Budget) -> Tensor:
@@ -163,6 +202,8 @@ class ExpertPreferredRouter(nn.Module):
         super().__init__()
         if capacity_distribution is not None:
             check_distribution(capacity_distribution, num_experts)
+        if kind not in get_args(RoutingKind):
+            raise ValueError(f"kind = {kind!r}: must be one of {get_args(RoutingKind)}.")
         self.capacity_distribution = capacity_distribution
         self.num_experts = num_experts
         self.kind = kind

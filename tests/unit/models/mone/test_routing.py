@@ -10,6 +10,7 @@ from torchtitan_mixtures.models.mone.routing import (
     ExpertPreferredRouter,
     choose_tokens,
     expert_mask,
+    sort_by_experts,
     sort_tokens,
 )
 
@@ -302,3 +303,35 @@ def test_what_a_router_cannot_go_by_is_refused():
         ExpertPreferredRouter(3, 3, (0.5, 0.5))
     with pytest.raises(ValueError, match="fewer than the 3 experts"):
         ExpertPreferredRouter(3, 3, (0.3, 0.3, 0.4))(torch.zeros(1, 2, 3))
+
+
+def test_tokens_are_sorted_by_experts_that_someone_else_chose():
+    router, x = router_of_logits(4), randn(3, 12, 4)
+    budget = Budget((2, 4, 1, 5))
+    routing = router(x, budget)
+    order, found = sort_by_experts(routing.experts, 4)
+    assert found == budget
+    placed = routing.experts.gather(1, order)
+    assert (placed.diff(dim=1) <= 0).all()
+    assert torch.equal(order.sort(1).values, torch.arange(12).expand(3, 12))
+    for wrong, message in (
+        (torch.tensor([[0, 1], [1, 1]]), "samples have"),
+        (torch.tensor([[0, 4]]), "from 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sort_by_experts(wrong, 4)
+
+
+def test_a_router_learns_by_its_offset():
+    router, x = ExpertPreferredRouter(4, 2, (0.5, 0.5)), randn(2, 6, 4).float()
+    alpha = torch.tensor([0.5], requires_grad=True)
+    routing = router(x)
+    offset = routing.offset(alpha)
+    assert torch.equal(offset, 0.5 * routing.sort(routing.probabilities)[:, :, None])
+    offset.square().sum().backward()
+    assert router.weight.grad.abs().sum() > 0 and alpha.grad.abs() > 0
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"kind = 'best': must be one of"):
+        ExpertPreferredRouter(4, 2, kind="best")
