@@ -218,6 +218,14 @@ def test_near_the_time_limit_the_job_is_requeued_and_goes_on_until_slurm_ends_it
     assert ("warning: it could not be requeued" in printed) == refused
 
 
+def test_a_global_batch_that_the_ranks_cannot_share_is_told_before_the_job_waits(slurm):
+    batch = ["--training.global_batch_size", "24", "--training.local_batch_size", "4"]
+    result = run(SCRIPT, CONFIG, "--nodes=2", "--gpus-per-node=4", *batch, slurm=slurm)
+    assert result.returncode == 2 and calls(slurm) == []
+    message = "x data-parallel ranks (8) = 32. Possible local_batch_size: 1, 3."
+    assert "global_batch_size = 24" in result.stderr and message in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
