@@ -138,6 +138,8 @@ PARAMETERS = {
     "mom/DiT-XL/8": 675_664_640,
     "mone/debugmodel": 809_615,
     "mone/debugmodel_dense": 809_098,
+    "mone/debugmodel_dense_64": 207_946,
+    "mone/debugmodel_dense_96": 459_370,
     "mone/Ti/16": 5_717_805,
     "mone/S/16": 22_051_437,
     "mone/B/16": 86_569_197,

@@ -2,7 +2,7 @@
 
 Images are those of validation during training, so over the same images the numbers are the same
 too. A nested model is asked at several capacities, and may be routed in another way than it was
-trained with, to see what its router is worth.
+trained with, to see what depends on its router.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from torchtitan_mixtures.data.image_loader import build_image_validation_dataloa
 from torchtitan_mixtures.evaluation.denoising import splits_of
 from torchtitan_mixtures.evaluation.rates import Rate
 from torchtitan_mixtures.objectives.capacity import CapacitySchedule, own_capacity
-from torchtitan_mixtures.objectives.classification import NO_LABEL, TOP_K, ClassificationLoss
+from torchtitan_mixtures.objectives.classification import (
+    NO_LABEL,
+    TOP_K,
+    VALIDATION_SEED,
+    ClassificationLoss,
+)
 
 ONE_PROCESS = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "etp": 1}
 
@@ -176,7 +181,11 @@ def is_multi_label(loaded: LoadedModel) -> bool:
 
 @torch.no_grad()
 def answer(
-    loaded: LoadedModel, split: str, capacities: Sequence[float], max_batches: int = -1
+    loaded: LoadedModel,
+    split: str,
+    capacities: Sequence[float],
+    max_batches: int = -1,
+    draw: int = 0,
 ) -> dict[float, Answers]:
     """Classify the images of a split at each capacity, as validation does.
 
@@ -185,6 +194,7 @@ def answer(
         split: Name of the split.
         capacities: Effective ones.
         max_batches: See `evaluate_classification`.
+        draw: Number of the draw where routing is random; validation has the first, 0.
     """
     config, args = loaded.job_config, loaded.model_args
     validation = dataclasses.replace(config.validation, steps=max_batches)
@@ -192,6 +202,7 @@ def answer(
     device = next(loaded.model.parameters()).device
     schedule = CapacitySchedule(config.nested, 1, 0, own_capacity(args))
     loss_fn = ClassificationLoss(args, config.classification, schedule, seed=0)
+    loss_fn.validation_seed = VALIDATION_SEED + draw
     dims = ParallelDims(**ONE_PROCESS, world_size=1)
     rows: dict[float, list[tuple[Tensor, ...]]] = {capacity: [] for capacity in capacities}
     spent: dict[float, list[float]] = {capacity: [] for capacity in capacities}

@@ -118,6 +118,7 @@ class ClassificationLoss:
     Attributes:
         meter: Losses of a step, as they are trained on.
         own_capacity: What is spent where nothing else is said.
+        validation_seed: Of random routing in validation; another one is another draw.
         has_top_k: Whether `score` says if a class is among the `TOP_K` likeliest.
     """
 
@@ -144,6 +145,7 @@ class ClassificationLoss:
         self._copies = 1 if parallel_dims is None else parallel_dims.cp
         self._capacity = schedule.capacity(1)
         self.own_capacity = own_capacity(args)
+        self.validation_seed = VALIDATION_SEED
         self.has_top_k = not config.multi_label and args.num_classes >= TOP_K
 
     def start_step(self, step: int) -> None:
@@ -218,7 +220,7 @@ class ClassificationLoss:
 
     def _draw_scores(self, samples: Tensor, is_training: bool) -> Tensor:
         """Draw what experts choose tokens by, `(batch, routers, tokens, experts)` float32."""
-        seed = self._seed if is_training else VALIDATION_SEED
+        seed = self._seed if is_training else self.validation_seed
         purpose = f"{'training' if is_training else 'validation'}, routing"
         args = self._args
         shape = (len(samples), args.num_routers, args.num_tokens, args.num_experts)
