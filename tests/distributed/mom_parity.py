@@ -44,6 +44,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MICROBATCH, MICROBATCHES = 4, 2
 
 
+def checkpointed(mode: str, option: str = "op") -> dict[str, str]:
+    """Keys of a kind of activation checkpointing."""
+    return {
+        "activation_checkpoint.mode": mode,
+        "activation_checkpoint.selective_ac_option": option,
+    }
+
+
+# Keys of a job that saves activations in part, or compiles its blocks.
+CHECKPOINTS = {
+    "none": {},
+    "full": checkpointed("full"),
+    "selective": checkpointed("selective"),
+    "every second": checkpointed("selective", "2"),
+}
+COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
+
+
 @cache
 def _base_job() -> Any:
     """Parsed once for each process: it takes longer than a step."""
@@ -55,10 +73,15 @@ def _base_job() -> Any:
 
 def make_job(layout: Layout) -> Any:
     """The configuration of a job that runs a layout."""
-    job = deepcopy(_base_job())
+    return lay_out(_base_job(), layout, MICROBATCH)
+
+
+def lay_out(base_job: Any, layout: Layout, microbatch: int) -> Any:
+    """A copy of a job that runs a layout in float64, so many images in all at a time."""
+    job = deepcopy(base_job)
     job.training.mixed_precision_param = job.training.mixed_precision_reduce = "float64"
     ranks = layout.degrees.get("dp_replicate", 1) * layout.degrees.get("dp_shard", 1)
-    job.training.local_batch_size = MICROBATCH // ranks
+    job.training.local_batch_size = microbatch // ranks
     job.parallelism.data_parallel_shard_degree = 1
     for name, degree in layout.degrees.items():
         setattr(job.parallelism, KEYS[name], degree)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cache
 from typing import Any
 
 import torch
 from torchtitan.distributed import ParallelDims
 
-from tests.distributed.mom_parity import MICROBATCHES, Run, errors_of_a_step
-from tests.distributed.parity import KEYS, LAYOUTS, Layout, use_float64
+from tests.distributed.mom_parity import MICROBATCHES, Run, errors_of_a_step, lay_out
+from tests.distributed.parity import LAYOUTS, Layout, use_float64
 from tests.jobs import debug_job
-from torchtitan_mixtures.checks import CHECKED
 from torchtitan_mixtures.layout_checks import check_layout
 from torchtitan_mixtures.models.mone.args import MoNEModelArgs
 from torchtitan_mixtures.objectives.capacity import CapacitySchedule, own_capacity
@@ -49,15 +47,7 @@ def _base_job() -> Any:
 
 def make_job(layout: Layout) -> Any:
     """The configuration of a job that runs a layout."""
-    job = deepcopy(_base_job())
-    job.training.mixed_precision_param = job.training.mixed_precision_reduce = "float64"
-    ranks = layout.degrees.get("dp_replicate", 1) * layout.degrees.get("dp_shard", 1)
-    job.training.local_batch_size = MICROBATCH // ranks
-    job.parallelism.data_parallel_shard_degree = 1
-    for name, degree in layout.degrees.items():
-        setattr(job.parallelism, KEYS[name], degree)
-    setattr(job, CHECKED, True)
-    return job
+    return lay_out(_base_job(), layout, MICROBATCH)
 
 
 def make_args(variant: str) -> MoNEModelArgs:

@@ -10,7 +10,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.distributed.collectives import count
-from tests.distributed.mom_parity import VARIANTS, compare, make_runs, use_float64
+from tests.distributed.mom_parity import (
+    CHECKPOINTS,
+    COMPILED,
+    VARIANTS,
+    compare,
+    make_runs,
+    use_float64,
+)
 from tests.distributed.parity import LAYOUTS
 from tests.gang import run_ranks
 
@@ -54,28 +61,12 @@ def test_loss_and_every_gradient_equal_one_process_in_further_layouts(layout):
     assert_equal(layout, MORE_PARITY[layout])
 
 
-def checkpointed(mode, option="op"):
-    return {
-        "activation_checkpoint.mode": mode,
-        "activation_checkpoint.selective_ac_option": option,
-    }
-
-
-CHECKPOINTS = {
-    "none": {},
-    "full": checkpointed("full"),
-    "selective": checkpointed("selective"),
-    "every second": checkpointed("selective", "2"),
-}
-
-
 @pytest.mark.parametrize("layout", ["FSDP2", "TP2", "CP2"])
 def test_activation_checkpointing_changes_nothing(layout):
     assert_equal(layout, ["free", "DiT"], **CHECKPOINTS["full"])
     assert_equal(layout, ["free", "DiT"], **CHECKPOINTS["selective"])
 
 
-COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
 # Under tensor parallelism PyTorch 2.13 cannot compute attention of compiled blocks on a CPU again;
 # `parallelize` saves it where all blocks are checkpointed, but not where every second one is.
 MORE_COMPILED = [("typed", kind) for kind in ("none", "full", "every second")]

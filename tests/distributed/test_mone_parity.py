@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.distributed.mom_parity import CHECKPOINTS, COMPILED
 from tests.distributed.mone_parity import VARIANTS, compare, make_runs
 from tests.distributed.parity import LAYOUTS, use_float64
 from tests.gang import run_ranks
@@ -60,28 +61,12 @@ def test_local_routing_is_that_of_each_ranks_part_by_itself(layout):
     assert_equal(layout, ["nested", "random", "skip"], **{"nested.context_routing": "local"})
 
 
-def checkpointed(mode, option="op"):
-    return {
-        "activation_checkpoint.mode": mode,
-        "activation_checkpoint.selective_ac_option": option,
-    }
-
-
-CHECKPOINTS = {
-    "none": {},
-    "full": checkpointed("full"),
-    "selective": checkpointed("selective"),
-    "every second": checkpointed("selective", "2"),
-}
-
-
 @pytest.mark.parametrize("layout", ["FSDP2", "TP2", "CP2"])
 def test_activation_checkpointing_changes_nothing(layout):
     for kind in ("full", "selective"):
         assert_equal(layout, ["nested", "dense"], **CHECKPOINTS[kind])
 
 
-COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
 COMPILED_CASES = [
     *((layout, variant, "selective") for layout in ("FSDP2", "TP2", "CP2")
       for variant in ("nested", "dense")),
