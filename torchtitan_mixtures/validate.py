@@ -7,6 +7,7 @@ handling of a batch instead.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -27,7 +28,7 @@ from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.pipeline import Pipeline
 
 
-class SplitValidator(BaseValidator):
+class SplitValidator(BaseValidator, ABC):
     """Scores validation splits one after the other; what that means is up to subclasses.
 
     Args:
@@ -77,9 +78,9 @@ class SplitValidator(BaseValidator):
             for split in job_config.multimodal.validation_splits
         }
 
+    @abstractmethod
     def build_dataloader(self, dp_world_size: int, dp_rank: int, split: str) -> Any:
         """Build what passes once over a split, each time it is iterated over."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -102,9 +103,9 @@ class SplitValidator(BaseValidator):
                 part.train()
         self.metrics_processor.restart_clock(step)
 
+    @abstractmethod
     def validate_split(self, model: nn.Module, split: str, step: int) -> None:
         """Score a split and log it; arguments as in `validate`."""
-        raise NotImplementedError
 
     def make_meter(self) -> LossMeter:
         """Make the meter that the loss has while validation goes on."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchtitan.config import JobConfig
@@ -81,3 +83,10 @@ def save_tiny_vae(folder: Path) -> Path:
     )
     vae.save_pretrained(folder)
     return folder
+
+
+# A worker process that is forked has the model that `use_fake_model` put in place; one that is
+# started anew (the default of macOS and Windows) imports the real one, and its batches are others.
+needs_fork = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="workers would not see the patched model"
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import multiprocessing
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unit.data.image_jobs import make_job, use_fake_model, write_picture
+from tests.unit.data.image_jobs import make_job, needs_fork, use_fake_model, write_picture
 from torchtitan_mixtures.data import image_datasets
 from torchtitan_mixtures.data.image_data import (
     check_splits,
@@ -274,7 +273,7 @@ def by_number(batches: list[Any]) -> dict[int, tuple[bytes, int]]:
     }
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() == "spawn", reason="the model is a patch")
+@needs_fork
 @pytest.mark.parametrize("is_classifier", [True, False])
 def test_ranks_workers_and_a_resumed_run_have_the_same_samples(
     tmp_path, monkeypatch, is_classifier

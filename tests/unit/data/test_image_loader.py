@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from tests.unit.data.image_jobs import (
     PATCH_SIZE,
     make_job,
+    needs_fork,
     save_tiny_vae,
     use_fake_model,
     write_folder,
@@ -147,7 +147,7 @@ def test_all_ranks_save_the_same_state():
     assert states[0]["num_consumed"] == "12"
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() == "spawn", reason="the model is a patch")
+@needs_fork
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(num_workers):
     batches = take(emoji_job(), 12)

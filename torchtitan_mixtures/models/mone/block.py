@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from torchtitan_mixtures.models.common.attention import InnerAttention
 from torchtitan_mixtures.models.mone.capacity import Budget, check_distribution, count_tokens
-from torchtitan_mixtures.models.mone.layers import NestedLinearContract, NestedLinearExpand
+from torchtitan_mixtures.models.mone.layers import (
+    NestedLinear,
+    NestedLinearContract,
+    NestedLinearExpand,
+)
 
 
 class NestedAttention(nn.Module):
@@ -166,9 +170,9 @@ class NestedBlock(nn.Module):
         """Initialise all weights."""
         self.attention_norm.reset_parameters()
         self.ffn_norm.reset_parameters()
-        for layer in (self.attention.wqkv, self.attention.wo):
-            layer.init_weights()
-        for layer in (self.feed_forward.w1, self.feed_forward.w2):
+        attention, feed_forward = self.attention, self.feed_forward
+        layers: tuple[NestedLinear, ...] = (attention.wqkv, attention.wo)
+        for layer in (*layers, feed_forward.w1, feed_forward.w2):
             layer.init_weights()
 
 

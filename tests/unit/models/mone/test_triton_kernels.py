@@ -322,6 +322,7 @@ def test_what_kernels_cannot_do_is_refused(programs, monkeypatch):
         run()
 
 
+# Compiled kernels run on GPUs only; elsewhere the interpreter computes the same cases above.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
