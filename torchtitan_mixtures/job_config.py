@@ -138,6 +138,27 @@ class Multimodal:
     """For models of images: local folder of a VAE in the format of `diffusers` (an extra:
     pip install "torchtitan_mixtures[vae]"), which encodes pictures during training."""
 
+    prompt_length: int = 0
+    """For models of prompted images: tokens of a text, for the encoder that is part of the model.
+    0 = as the flavour says."""
+
+    long_prompts: Literal["truncate", "refuse"] = "truncate"
+    """For models of prompted images: what happens to a text that is longer than an encoder's
+    window. Those that are cut are counted and logged."""
+
+    text_encoders: list[str] = field(default_factory=list)
+    """For models of prompted images: local folders of frozen text encoders (CLIP, T5) in the format
+    of `transformers` (an extra: pip install "torchtitan_mixtures[text]"), joined as in Stable
+    Diffusion 3. Empty = the model learns an encoder of its own."""
+
+    text_embeddings: str = ""
+    """For models of prompted images: folder that `scripts/prepare_data.py encode-text` wrote, in
+    place of `text_encoders`."""
+
+    aspect_ratios: list[str] = field(default_factory=list)
+    """For models of prompted images: shapes of about `image_size`**2 pixels to crop images to, the
+    nearest for each: "1:1", "4:3", "3:4". Empty = square."""
+
     text_weight: float = 1.0
     """Loss weight of text and sentinel targets. 0 = not supervised."""
 
@@ -163,6 +184,16 @@ class Multimodal:
             raise ValueError(f"multimodal.image_size = {self.image_size}: must be at least 1.")
         if self.max_pairs < 1:
             raise ValueError(f"multimodal.max_pairs = {self.max_pairs}: must be at least 1.")
+        if self.prompt_length != 0 and self.prompt_length < 3:
+            raise ValueError(
+                f"multimodal.prompt_length = {self.prompt_length}: must be 0 (as the flavour says) "
+                "or 3 or more, two of which frame the text."
+            )
+        if self.text_encoders and self.text_embeddings:
+            raise ValueError(
+                f"multimodal.text_embeddings = {self.text_embeddings!r}: embeddings that are there "
+                "need no multimodal.text_encoders; remove one of them."
+            )
         if self.shards < 0:
             raise ValueError(f"multimodal.shards = {self.shards}: must be 0 (automatic) or more.")
         for key in ("text_weight", "image_weight", "speech_weight"):
@@ -277,6 +308,10 @@ class Objective:
     class_dropout: float = 0.1
     """Share of training samples that lose their class, which guidance needs."""
 
+    prompt_dropout: float = 0.1
+    """Share of training samples that lose what one encoder says of their prompt, independently for
+    each encoder (0.464 with three: a tenth loses all). Guidance needs it."""
+
     balance_weight: float = 0.01
     """Weight of the loss that balances a router's load, for models that have one."""
 
@@ -295,6 +330,7 @@ class Objective:
             "mode_scale": (-1 <= self.mode_scale <= 2 / (math.pi - 2), "from -1 to 1.75"),
             "time_shift": (0 < self.time_shift < math.inf, "a finite number > 0"),
             "class_dropout": (0 <= self.class_dropout < 1, "at least 0 and below 1"),
+            "prompt_dropout": (0 <= self.prompt_dropout < 1, "at least 0 and below 1"),
             "balance_weight": (0 <= self.balance_weight < math.inf, "a finite number >= 0"),
             "z_weight": (0 <= self.z_weight < math.inf, "a finite number >= 0"),
             "validation_levels": (self.validation_levels >= 1, "1 or more"),
