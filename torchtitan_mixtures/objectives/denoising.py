@@ -26,6 +26,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan_mixtures.data.vae import Vae, load_vae
 from torchtitan_mixtures.job_config import MixtureJobConfig, Objective
 from torchtitan_mixtures.objectives.balance import RouterMeter, router_losses
+from torchtitan_mixtures.objectives.conditions import (
+    ClassCondition,
+    Condition,
+    PromptCondition,
+)
 from torchtitan_mixtures.objectives.ddpm import DDPM
 from torchtitan_mixtures.objectives.flow import RectifiedFlow
 from torchtitan_mixtures.objectives.meter import LossMeter
@@ -42,16 +47,14 @@ VALIDATION_SEED = 0
 
 
 class DenoiserArgs(Protocol):
-    """What the arguments of a denoising model say about what it sees."""
+    """What the arguments of every denoising model say about what it sees.
+
+    Those of a model with `is_prompted` also have `prompts`; of others, `num_classes`.
+    """
 
     patch_size: int
     in_channels: int
     image_size: int
-    num_classes: int
-    dim: int
-    n_layers: int
-    num_token_experts: int
-    router_noise: float
 
     def update_from_config(self, job_config: JobConfig) -> None:
         """Take over what the TOML decides."""
@@ -99,6 +102,7 @@ class DenoisingLoss:
         process: What is predicted.
         args: The model's arguments, complete.
         config: The `[objective]` section.
+        condition: What the model is told of an image.
         seed: Of everything that is drawn.
         sample_mesh: The ranks that hold other samples, for the load of routers.
         vae: Folder of the VAE that makes latents of the batch's pictures; empty: none.
@@ -109,15 +113,17 @@ class DenoisingLoss:
         process: Process,
         args: DenoiserArgs,
         config: Objective,
+        condition: Condition,
         seed: int,
         sample_mesh: Callable[[], DeviceMesh | None] = lambda: None,
         vae: str = "",
     ) -> None:
         self.process = process
         self.meter = LossMeter(_band_names(BANDS), group="noise", in_bits=False)
-        self.router_meter = RouterMeter(args.num_token_experts)
+        self.router_meter = RouterMeter(getattr(args, "num_token_experts", 0))
         self._args = args
         self._config = config
+        self._condition = condition
         self._seed = seed
         self._sample_mesh = sample_mesh
         self._vae_folder = vae
@@ -139,12 +145,12 @@ class DenoisingLoss:
             model: Not used; other objectives need it, as the next one.
             tokenizer: Not used.
             input_dict: The batch of an image loader, on the model's device: `input` `(batch,
-                channels, height, width)`, `class_labels` and `sample_index` `(batch,)` int64.
+                channels, height, width)`, `sample_index` `(batch,)` int64, and the condition.
             labels: `(batch, tokens)` int64.
             parallel_dims: The job's parallel layout.
             job_config: The job's configuration.
-            level: In validation, which of the fixed noise levels; classes are kept then, and
-                `input` is what `encode` returned. None: draw times and drop classes.
+            level: In validation, which of the fixed noise levels; conditions are kept then, and
+                `input_dict` is what `encode` returned. None: draw times and drop conditions.
 
         Returns:
             As TorchTitan's `post_dataloading_process`: inputs, targets, further inputs of `forward`
@@ -155,7 +161,9 @@ class DenoisingLoss:
         device = input_dict["input"].device
         seed = self._seed if level is None else VALIDATION_SEED
         purpose = "training" if level is None else f"validation level {level}"
-        clean = input_dict["input"] if level is not None else self.encode(input_dict, seed)
+        if level is None:
+            input_dict = self.encode(input_dict, seed)
+        clean = input_dict["input"]
         if level is None:
             times = self.process.times(draw_uniform(seed, samples, f"{purpose}, time"))
         else:
@@ -165,16 +173,8 @@ class DenoisingLoss:
         shape = tuple(clean.shape[1:])
         noise = draw_normal(seed, samples, shape, f"{purpose}, noise").to(device)
         noised = self.process.corrupt(clean, noise, times)
-        classes = input_dict["class_labels"]
-        extra = {"times": self.process.model_times(times), "class_labels": classes}
-        if level is None:
-            drawn = draw_uniform(seed, samples, f"{purpose}, class dropout").to(device)
-            null = torch.full_like(classes, self._args.num_classes)
-            extra["class_labels"] = torch.where(drawn < self._config.class_dropout, null, classes)
-            if self._args.router_noise > 0:
-                shape = (self._args.n_layers, self._args.dim)
-                router_noise = draw_normal(seed, samples, shape, f"{purpose}, router")
-                extra["router_noise"] = router_noise.to(device)
+        extra = self._condition.inputs(input_dict, seed, purpose, level is None)
+        extra["times"] = self.process.model_times(times)
         parts = [patchify(image, self._args.patch_size) for image in (clean, noise)]
         parts.append(labels)
         if parallel_dims.cp_enabled:
@@ -183,16 +183,25 @@ class DenoisingLoss:
         targets = DenoisingTargets(parts[0], parts[1], times, labels=parts[2])
         return noised, targets, extra, {}
 
-    def encode(self, input_dict: dict[str, Tensor], seed: int = VALIDATION_SEED) -> Tensor:
-        """What the model is to see: the images, or latents drawn from what a VAE says of them.
+    def encode(
+        self, input_dict: dict[str, Tensor], seed: int = VALIDATION_SEED
+    ) -> dict[str, Tensor]:
+        """Let frozen encoders see a batch, so that it is what the model is to see.
 
         Args:
             input_dict: The batch of an image loader, on the model's device.
             seed: Of the latents that are drawn.
 
         Returns:
+            The batch; its `input` is the images, or latents drawn from what a VAE says of them,
             `(batch, channels, height, width)` float32.
         """
+        return {
+            **self._condition.encode(input_dict),
+            "input": self._encode_images(input_dict, seed),
+        }
+
+    def _encode_images(self, input_dict: dict[str, Tensor], seed: int) -> Tensor:
         images, samples = input_dict["input"], input_dict["sample_index"].cpu()
         if "latent_std" in input_dict:
             std = input_dict["latent_std"]
@@ -202,8 +211,8 @@ class DenoisingLoss:
             return images
         if self._vae is None:
             self._vae = load_vae(self._vae_folder, images.device)
-        size = self._args.image_size
-        noise = draw_normal(seed, samples, (self._args.in_channels, size, size), "latents")
+        size = tuple(side // self._vae.factor for side in images.shape[2:])
+        noise = draw_normal(seed, samples, (self._args.in_channels, *size), "latents")
         return self._vae.encode(images, noise.to(images.device))
 
     def __call__(self, output: DenoiserOutput, targets: DenoisingTargets) -> Tensor:
@@ -264,6 +273,18 @@ def denoiser_args(job_config: JobConfig) -> DenoiserArgs:
     return model_args
 
 
+def build_condition(job_config: MixtureJobConfig, model_args: Any) -> Condition:
+    """Build what says to a job's model what is on its images."""
+    config = job_config.objective
+    if getattr(model_args, "is_prompted", False):
+        encoders = job_config.multimodal.text_encoders
+        return PromptCondition(model_args.prompts, config.prompt_dropout, encoders)
+    noise = None
+    if getattr(model_args, "router_noise", 0) > 0:
+        noise = (model_args.n_layers, model_args.dim)
+    return ClassCondition(model_args.num_classes, config.class_dropout, noise)
+
+
 def build_denoising_loss(
     job_config: JobConfig, parallel_dims: ParallelDims | None = None, **unused: Any
 ) -> DenoisingLoss:
@@ -279,6 +300,7 @@ def build_denoising_loss(
         build_process(config.objective, args.in_channels),
         args,
         config.objective,
+        build_condition(config, args),
         config.debug.seed or 0,
         sample_mesh,
         config.multimodal.vae,

@@ -41,13 +41,13 @@ def score_levels(
     Args:
         model: In evaluation mode.
         loss_fn: Noises and scores.
-        input_dict: See `DenoisingLoss.prepare`; a VAE encodes it once for all levels.
+        input_dict: See `DenoisingLoss.prepare`; frozen encoders see it once for all levels.
         labels: `(batch, tokens)` int64.
         parallel_dims: The job's parallel layout.
         job_config: The job's configuration.
         context: Makes the context that the model runs in.
     """
-    clean = {**input_dict, "input": loss_fn.encode(input_dict)}
+    clean = loss_fn.encode(input_dict)
     for level in range(job_config.objective.validation_levels):
         inputs, targets, extra, _ = loss_fn.prepare(
             model, None, clean, labels, parallel_dims, job_config, level=level

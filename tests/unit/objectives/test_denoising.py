@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchtitan_mixtures.job_config import Objective
+from torchtitan_mixtures.objectives.conditions import ClassCondition
 from torchtitan_mixtures.objectives.denoising import DenoisingLoss, build_process
 from torchtitan_mixtures.objectives.outputs import DenoiserOutput, RouterStatistics
 from torchtitan_mixtures.objectives.patches import patchify
@@ -25,7 +26,9 @@ def make_loss(router_noise=0.0, seed=1, **keys):
         num_token_experts=1,
         router_noise=router_noise,
     )
-    return DenoisingLoss(build_process(config, 3), args, config, seed)
+    noise = (args.n_layers, args.dim) if router_noise else None
+    condition = ClassCondition(args.num_classes, config.class_dropout, noise)
+    return DenoisingLoss(build_process(config, 3), args, config, condition, seed)
 
 
 def make_batch(numbers, seed=0):

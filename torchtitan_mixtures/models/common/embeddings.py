@@ -53,17 +53,46 @@ def position_table(dim: int, rows: int, columns: int | None = None) -> Tensor:
         `(rows * columns, dim)` float32, row by row.
     """
     columns = rows if columns is None else columns
-    row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64),
-        torch.arange(columns, dtype=torch.float64),
-        indexing="ij",
+    return _embed_places(
+        dim, torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64)
     )
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    parts = []
-    for place in (column.flatten(), row.flatten()):
-        angles = torch.outer(place, frequencies)  # (rows * columns, dim / 4)
-        parts += [angles.sin(), angles.cos()]
-    return torch.cat(parts, dim=1).float()
+
+
+def centred_position_table(
+    dim: int, rows: int, columns: int, side: int, scaled_side: int, device: torch.device
+) -> Tensor:
+    """Fixed embedding of the places of a grid that is not square, in the middle of larger ones.
+
+    A square grid has the places 0, 1, ... of `position_table`; others are cut out of the middle of
+    a large one around it (Esser et al. 2024, arXiv 2403.03206, 4.2). Where the middle is
+    between two places, there is one more in front.
+
+    Args:
+        dim: Width, a multiple of 4; see `position_table`.
+        rows: Height of the grid.
+        columns: Its width.
+        side: Height and width of a square grid of as many places.
+        scaled_side: Places are scaled such that those of the square grid end here.
+        device: Where the table is needed.
+
+    Returns:
+        `(rows * columns, dim)` float32, row by row.
+    """
+    row, column = (
+        (torch.arange(n, dtype=torch.float64, device=device) + (side - n) // 2)
+        * (scaled_side / side)
+        for n in (rows, columns)
+    )
+    return _embed_places(dim, row, column)
+
+
+def _embed_places(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Embed the places of rows and columns, each float64; see `position_table`."""
+    powers = torch.arange(dim // 4, dtype=torch.float64, device=rows.device) / (dim // 4)
+    row, column = (torch.outer(places, 10000.0**-powers) for places in (rows, columns))
+    row, column = (torch.cat([x.sin(), x.cos()], 1).float() for x in (row, column))
+    shape = len(rows), len(columns), dim // 2
+    return torch.cat([column[None].expand(shape), row[:, None].expand(shape)], 2).flatten(0, 1)
 
 
 class TimestepEmbedder(nn.Module):
