@@ -1,0 +1,142 @@
+"""Several residual streams of one modality, between which a branch chooses.
+
+Source: Zhu et al. 2024, "Hyper-Connections", arXiv 2409.19606, equations 2 to 5 (static) and 10 to
+13 (dynamic). With streams H (s x dim) of a token and a branch f:
+
+    alpha = A + scale_a tanh(norm(H) W_a)        (s x (s + 1))
+    beta  = b + scale_b tanh(norm(H) w_b)        (s)
+    M     = alpha^T H                            rows: what the branch reads, then s streams
+    H'_j  = M_j + beta_j f(M_0)
+
+Deviations:
+    - The stream that a branch reads at first is that of the layer's number, not a random one.
+    - Streams are joined by their mean; the paper's sum is s times it.
+    - Output weights of branches are drawn as without streams (the paper: times the root of s).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan_mixtures.models.common.building import assign
+
+SCALE_INIT = 0.01
+"""Weight of what depends on the token, at first."""
+
+TINY = 1e-12
+"""Least mean square a stream is divided by, which keeps streams of zeros zero."""
+
+
+def expand(x: Tensor, num_streams: int) -> Tensor:
+    """Copy `(batch, seq, dim)` to each stream, `(batch, seq, streams, dim)`."""
+    return x.unsqueeze(2).repeat(1, 1, num_streams, 1)
+
+
+def reduce(state: Tensor) -> Tensor:
+    """Join streams by their mean, `(batch, seq, streams, dim)` -> `(batch, seq, dim)`."""
+    return state.mean(2)
+
+
+class StreamReader(nn.Module):
+    """What a branch reads of the streams, for a branch that writes nothing back.
+
+    State dict, with 1 column for what is read (of a `HyperConnection` `streams + 2` columns: what
+    is read, the streams that are carried on, and what share of the output each stream gets):
+
+        static       (streams, columns)    A (and b)
+        weight       (columns, dim)        W_a (and w_b); the last three only if dynamic
+        norm_weight  (dim,)
+        scale        (1,)                  scale_a; of a `HyperConnection` (2,), with scale_b
+
+    Args:
+        dim: Width of a stream.
+        num_streams: Number of streams.
+        index: Number of the branch in the model: at first it reads stream `index % num_streams`.
+        dynamic: Whether each token decides; otherwise it is the same for all.
+    """
+
+    num_scales = 1
+
+    def __init__(self, dim: int, num_streams: int, index: int, *, dynamic: bool = True) -> None:
+        super().__init__()
+        self.num_streams, self.index, self.dynamic = num_streams, index, dynamic
+        columns = self._initial().shape[1]
+        self.static = nn.Parameter(torch.empty(num_streams, columns))
+        if dynamic:
+            self.weight = nn.Parameter(torch.empty(columns, dim))
+            self.norm_weight = nn.Parameter(torch.empty(dim))
+            self.scale = nn.Parameter(torch.empty(self.num_scales))
+        self.init_weights()
+
+    def forward(self, state: Tensor) -> Tensor:
+        """`(batch, seq, streams, dim)` -> what the branch reads, `(batch, seq, dim)`."""
+        return _mix(self._coefficients(state), state).squeeze(2)
+
+    def _coefficients(self, state: Tensor) -> Tensor:
+        """`(batch, seq, streams, columns)`, float32 or better; if static `(streams, columns)`."""
+        static = self.static.to(torch.promote_types(self.static.dtype, torch.float32))
+        if not self.dynamic:
+            return static
+        # The norm of a stream is a factor of its products: no normed copy of the state is made.
+        square = torch.linalg.vector_norm(state, dim=3, keepdim=True, dtype=static.dtype).square()
+        inverse = (square / state.shape[3]).clamp(min=TINY).rsqrt()
+        logits = F.linear(state, self.weight * self.norm_weight) * inverse
+        return static + self._scales().to(static.dtype) * logits.tanh()
+
+    def _scales(self) -> Tensor:
+        return self.scale
+
+    def _initial(self) -> Tensor:
+        return F.one_hot(torch.tensor(self.index % self.num_streams), self.num_streams)[:, None]
+
+    def init_weights(self) -> None:
+        """Let the branch read one stream, and all streams go on as they are."""
+        assign(self.static, self._initial())
+        if self.dynamic:
+            nn.init.zeros_(self.weight)
+            nn.init.ones_(self.norm_weight)
+            nn.init.constant_(self.scale, SCALE_INIT)
+
+
+class HyperConnection(StreamReader):
+    """What a branch reads of the streams, and how its output is written back.
+
+    State dict: see `StreamReader`.
+    """
+
+    num_scales = 2
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Read.
+
+        Args:
+            state: Streams, `(batch, seq, streams, dim)`.
+
+        Returns:
+            What the branch reads `(batch, seq, dim)`, the streams that are carried on `(batch, seq,
+            streams, dim)`, and how much of the output each gets, `(batch, seq, streams)` or
+            `(streams,)`; the last two are for `combine`.
+        """
+        coefficients = self._coefficients(state)
+        mixed = _mix(coefficients[..., :-1], state)
+        return mixed[:, :, 0], mixed[:, :, 1:], coefficients[..., -1]
+
+    @staticmethod
+    def combine(carried: Tensor, beta: Tensor, out: Tensor) -> Tensor:
+        """Add what a branch puts out, `(batch, seq, dim)`, to the streams."""
+        return torch.addcmul(carried, beta.to(out.dtype).unsqueeze(-1), out.unsqueeze(2))
+
+    def _scales(self) -> Tensor:
+        scale_a, scale_b = self.scale.split(1)
+        return torch.cat([scale_a.expand(self.num_streams + 1), scale_b])
+
+    def _initial(self) -> Tensor:
+        streams = self.num_streams
+        return torch.cat([super()._initial(), torch.eye(streams), torch.ones(streams, 1)], dim=1)
+
+
+def _mix(coefficients: Tensor, state: Tensor) -> Tensor:
+    """Weighted sums of the streams, one per column, `(batch, seq, columns, dim)`."""
+    return coefficients.to(state.dtype).mT @ state
