@@ -365,7 +365,8 @@ class Sampling(SamplingSettings, DenoisingSettings):
     """Draw samples every so many steps. 0 = never."""
 
     prompts: list[str] = field(default_factory=list)
-    """Texts to continue, for models over tokens."""
+    """Texts to continue, for models over tokens, or to draw, for models of prompted images. Empty
+    = for the latter on `emoji` a few of their names."""
 
     into: list[Literal["text", "image", "speech"]] = field(default_factory=lambda: ["image"])
     """What to generate after each prompt, one after the other in one document."""

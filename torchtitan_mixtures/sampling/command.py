@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -13,6 +13,8 @@ from typing import Any
 
 # First: it points TorchTitan at the CPU if need be, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
+
+from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checkpoint_loading import (
@@ -24,7 +26,8 @@ from torchtitan_mixtures.data.audio import read_wav
 from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.sources import Segment
-from torchtitan_mixtures.sampling import image_command
+from torchtitan_mixtures.models import FAMILIES
+from torchtitan_mixtures.sampling import image_command, prompt_command
 from torchtitan_mixtures.sampling.command_line import (
     MAX_SAMPLES,
     ProgressBar,
@@ -34,6 +37,7 @@ from torchtitan_mixtures.sampling.command_line import (
     reports_writing,
     say,
 )
+from torchtitan_mixtures.sampling.conditions import is_prompted
 from torchtitan_mixtures.sampling.generate import Prompt, Sample, encode_prompts, generate
 from torchtitan_mixtures.sampling.results import Result, write_sample, write_sheet, write_table
 from torchtitan_mixtures.sampling.settings import SamplingSettings
@@ -60,28 +64,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_message():
         path = find_checkpoint(options.checkpoint)
         saved = checkpoint_config.read(path)
-        is_of_tokens = "modality_names" in saved["model_args"]
-        _refuse_others(options, path, saved["family"], is_of_tokens)
+        kind = _kind_of(saved)
+        _refuse_others(options, path, saved["family"], kind)
         _check_flavor(options, path, saved["flavor"])
-        if is_of_tokens:
+        if kind == "tokens":
             run(options)
+        elif kind == "prompts":
+            prompt_command.run(options, read_prompts(options, "draw"))
         else:
             image_command.run(options)
 
 
-TOKEN_OPTIONS = ("prompt", "prompt_file", "image", "speech", "into", "top_k", "top_p")
-IMAGE_OPTIONS = ("class_labels", "sampler", "vae", "guided_channels", "eta")
+KINDS = {
+    "tokens": "tokens",
+    "classes": "images of classes",
+    "prompts": "images of prompts",
+}
+"""Kinds of models, and what a model of such a kind is of."""
+
+OPTIONS_OF = {
+    **dict.fromkeys(("prompt", "prompt_file"), ("tokens", "prompts")),
+    **dict.fromkeys(("image", "speech", "into", "top_k", "top_p"), ("tokens",)),
+    "class_labels": ("classes",),
+    **dict.fromkeys(("sampler", "vae", "guided_channels", "eta", "shift"), ("classes", "prompts")),
+    **dict.fromkeys(("negative_prompt", "aspect_ratio", "text_encoders", "speak"), ("prompts",)),
+}
+"""Which kinds of models have a use for an option; for those that are not here all have."""
 
 
-def _refuse_others(
-    options: argparse.Namespace, path: Path, family: str, is_of_tokens: bool
-) -> None:
+def _kind_of(saved: Mapping[str, Any]) -> str:
+    """Tell the kind of a checkpoint's model by its `config.json`."""
+    if "modality_names" in saved["model_args"]:
+        return "tokens"
+    family = saved["family"]
+    known = get_train_spec(family).model_args if family in FAMILIES else {}
+    return "prompts" if any(is_prompted(args) for args in known.values()) else "classes"
+
+
+def _refuse_others(options: argparse.Namespace, path: Path, family: str, kind: str) -> None:
     """Refuse options that the family of a checkpoint has no use for."""
     defaults = _parser().parse_args(["--checkpoint", ""])
-    for name in IMAGE_OPTIONS if is_of_tokens else TOKEN_OPTIONS:
-        if getattr(options, name) != getattr(defaults, name):
-            flag, what = name.replace("_", "-"), "tokens" if is_of_tokens else "images of classes"
-            raise ValueError(f"--{flag}: {path} is a model of {what} ({family}); leave it out.")
+    for name, kinds in OPTIONS_OF.items():
+        if kind not in kinds and getattr(options, name) != getattr(defaults, name):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag}: {path} is a model of {KINDS[kind]} ({family}); leave it out."
+            )
 
 
 def _check_flavor(options: argparse.Namespace, path: Path, flavor: str) -> None:
@@ -152,8 +180,12 @@ def _run_in(
     say(f"{count} samples in {seconds:.1f} s: {folder}")
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
+def read_prompts(options: argparse.Namespace, purpose: str = "continue") -> list[str]:
     """Text prompts: those of the command line, then the lines of `--prompt-file`.
+
+    Args:
+        options: The command line.
+        purpose: What the model is to do, for the message.
 
     Raises:
         ValueError: A prompt is blank or no text, the file cannot be read, or there is no prompt of
@@ -178,9 +210,8 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
             ) from error
         texts += [line.strip() for line in lines if line.strip()]
     if not (texts or options.image or options.speech):
-        raise ValueError(
-            "nothing to continue: pass --prompt TEXT, --prompt-file, --image or --speech."
-        )
+        others = ", --image or --speech" if purpose == "continue" else ""
+        raise ValueError(f"nothing to {purpose}: pass --prompt TEXT, --prompt-file{others}.")
     return texts
 
 
@@ -261,7 +292,7 @@ def _generate_all(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Draw from a trained model: continue text, images or speech (PNG, text, WAV), "
-        "or images of classes (PNG)."
+        "or images of classes or of prompts (PNG)."
     )
     add = parser.add_argument
     add(
@@ -271,8 +302,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a run's dump folder, or one checkpoint of it",
     )
     add("--model", help="flavour that the checkpoint must be of")
-    add("--num-samples", type=int, help="of each prompt (default 1) or class (default 4); at most "
-        f"{MAX_SAMPLES:,}")  # fmt: skip
+    add("--num-samples", type=int, help="of each prompt or class (default 4; of models over tokens "
+        f"1); at most {MAX_SAMPLES:,}")  # fmt: skip
     add("--batch-size", type=int, default=16, help="samples drawn together")
     add("--guidance", "--cfg-scale", type=float, help="by prompt or class; 1: none (default; of "
         "models of images as in the run's [sampling])")  # fmt: skip
@@ -282,10 +313,17 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="a new or empty folder; default: the next of outputs/samples/001, ...",
     )
-    add = parser.add_argument_group("models over tokens").add_argument
-    add("--prompt", action="append", default=[], help="text to continue, not blank; may be "
-        "repeated")  # fmt: skip
+    _add_token_options(parser)
+    _add_image_options(parser)
+    return parser
+
+
+def _add_token_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models over tokens, or of images of prompts").add_argument
+    add("--prompt", action="append", default=[], help="text to continue or to draw, not blank; may "
+        "be repeated")  # fmt: skip
     add("--prompt-file", type=Path, help="file with one text prompt per line")
+    add = parser.add_argument_group("models over tokens").add_argument
     several = {"type": Path, "nargs": "+", "action": "extend", "default": []}
     add("--image", help="image files; may be repeated", **several)
     add("--speech", help="WAV files; may be repeated", **several)
@@ -296,15 +334,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="choose among tokens of this probability")
     add("--max-text-tokens", type=int, default=64)
     add("--max-speech-seconds", type=float, default=4.0)
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "models of images of classes", "defaults are those of the run's [sampling]"
+        "models of images of classes or prompts", "defaults are those of the run's [sampling]"
     )
     add = group.add_argument
-    add("--class-labels", type=int, nargs="+", help="classes to draw; default: the first eight")
     add("--sampler", choices=("ddpm", "ddim", "euler"), help="euler for models of flow")
     add("--num-steps", "--num-sampling-steps", type=int, help="steps to an image")
     add("--eta", type=float, help="noise of ddim; 1: as much as ddpm")
+    add("--shift", type=float, help="of models of flow: of times towards noise; 0: as trained")
     add("--guided-channels", type=int, help="guide the first so many; 0: all")
     add("--vae", help="folder of the VAE that makes pictures of latents")
     add("--no-ema", action="store_true", help="the parameters, not their average")
-    return parser
+    add = parser.add_argument_group("models of images of classes").add_argument
+    add("--class-labels", type=int, nargs="+", help="classes to draw; default: the first eight")
+    add = parser.add_argument_group("models of images of prompts").add_argument
+    add("--negative-prompt", help="guide away from this text; default: the run's [sampling]")
+    add("--aspect-ratio", default=prompt_command.SQUARE, help="one of the run's, as 4:3 (width to "
+        "height); default: %(default)s")  # fmt: skip
+    add("--text-encoders", nargs="+", default=[], help="folders of the frozen encoders that it was "
+        "trained with, where the run does not say them")  # fmt: skip
+    add("--speak", action="store_true", help="also speak prompts that are the name of an emoji, to "
+        "models that hear")  # fmt: skip

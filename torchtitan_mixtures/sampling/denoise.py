@@ -202,8 +202,13 @@ def sample_euler(
     process: RectifiedFlow,
     num_steps: int,
     progress: Progress | None = None,
+    shift: float = 0.0,
 ) -> Tensor:
-    """Draw samples of a rectified flow by Euler's method; arguments as for `sample_ddpm`.
+    """Draw samples of a rectified flow by Euler's method.
+
+    Args:
+        shift: Of the times; 0: that of the process.
+        denoiser, latents, process, num_steps, progress: See `sample_ddpm`.
 
     Raises:
         ValueError: There are no steps.
@@ -211,7 +216,7 @@ def sample_euler(
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: must be 1 or more.")
     grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
-    times = shift_times(grid, process.shift).tolist()
+    times = shift_times(grid, shift or process.shift).tolist()
     latents = latents.float()
     for done in range(1, num_steps + 1):
         velocity = _predict(denoiser, latents, times[done - 1], process)

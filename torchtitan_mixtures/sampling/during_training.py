@@ -38,6 +38,11 @@ def check_sampling(job_config: MixtureJobConfig, model_args: Any) -> None:
     if not hasattr(model_args, "modality_names"):
         check_image_sampling(job_config, model_args)
         return
+    if config.negative_prompt:
+        raise ValueError(
+            f"sampling.negative_prompt = {config.negative_prompt!r}: is for models of prompted "
+            "images; leave it out."
+        )
     if not config.prompts:
         raise ValueError("sampling.prompts = []: sampling.interval > 0 needs at least one prompt.")
     try:

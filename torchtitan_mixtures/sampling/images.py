@@ -1,4 +1,4 @@
-"""Images drawn by denoising models, of chosen classes."""
+"""Images drawn by denoising models, of chosen classes or of prompts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchtitan_mixtures.data.vae import Vae
+from torchtitan_mixtures.job_config import Objective
 from torchtitan_mixtures.objectives.ddpm import DDPM
 from torchtitan_mixtures.objectives.flow import RectifiedFlow
 from torchtitan_mixtures.objectives.patches import unpatchify
 from torchtitan_mixtures.objectives.process import Process
+from torchtitan_mixtures.sampling.conditions import (
+    Condition,
+    Inputs,
+    class_condition,
+    is_prompted,
+)
 from torchtitan_mixtures.sampling.denoise import (
     Denoiser,
     Progress,
@@ -30,7 +37,10 @@ from torchtitan_mixtures.sampling.settings import setting_name
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are drawn; names and meanings are those of `[sampling]`."""
+    """How images are drawn; names and meanings are those of `[sampling]`.
+
+    The shift is what it is in the end, 0 of a model without.
+    """
 
     sampler: str
     num_steps: int
@@ -38,10 +48,11 @@ class ImageSettings:
     guidance: float
     guided_channels: int
     seed: int
+    shift: float = 0.0
 
 
 def check_image_settings(
-    settings: Any, process: Process, args: Any, class_dropout: float, prefix: str = ""
+    settings: Any, process: Process, args: Any, dropout: float, prefix: str = ""
 ) -> ImageSettings:
     """Check settings against the model that is to draw with them.
 
@@ -49,7 +60,7 @@ def check_image_settings(
         settings: Has the attributes of `ImageSettings`; an empty `sampler` becomes the process's.
         process: That of the model.
         args: The model's arguments.
-        class_dropout: `objective.class_dropout` of its training.
+        dropout: Share of its training samples that had no condition, see `condition_dropout`.
         prefix: Goes before the names in messages, see `setting_name`.
 
     Raises:
@@ -76,11 +87,12 @@ def check_image_settings(
             f"{name} = {settings.guided_channels}: must be from 0 (all) to {args.in_channels}, the "
             "channels of the model's images."
         )
-    if settings.guidance != 1 and class_dropout == 0:
+    if settings.shift and not isinstance(process, RectifiedFlow):
         raise ValueError(
-            f"{prefix}guidance = {settings.guidance}: the model was trained with "
-            "objective.class_dropout = 0 and does not know images without a class; use 1."
+            f"{prefix}shift = {settings.shift}: a model of kind ddpm has no times that could be "
+            "shifted; leave it out."
         )
+    _check_guidance(settings, args, dropout, prefix)
     return ImageSettings(
         sampler,
         steps,
@@ -88,7 +100,33 @@ def check_image_settings(
         settings.guidance,
         settings.guided_channels,
         settings.seed,
+        settings.shift or process.shift if isinstance(process, RectifiedFlow) else 0.0,
     )
+
+
+def condition_dropout(objective: Objective, args: Any) -> float:
+    """Share of training samples that lost their condition, and so what guidance can build on."""
+    return objective.prompt_dropout if is_prompted(args) else objective.class_dropout
+
+
+def _check_guidance(settings: Any, args: Any, dropout: float, prefix: str) -> None:
+    """Check `guidance` and `negative_prompt`, as `check_image_settings`."""
+    guidance, negative = settings.guidance, settings.negative_prompt
+    name = setting_name(prefix, "negative_prompt")
+    if negative and not is_prompted(args):
+        raise ValueError(f"{name} = {negative!r}: the model draws images of classes; leave it out.")
+    if negative and guidance == 1:
+        raise ValueError(
+            f"{name} = {negative!r}: there is no guidance away from it with {prefix}guidance = 1; "
+            "set that to more, such as 4."
+        )
+    if guidance != 1 and dropout == 0 and not negative:
+        kind = "prompt" if is_prompted(args) else "class"
+        remedy = f"use 1, or name a {name}" if is_prompted(args) else "use 1"
+        raise ValueError(
+            f"{prefix}guidance = {guidance}: the model was trained with objective.{kind}_dropout = "
+            f"0 and does not know images without a {kind}; {remedy}."
+        )
 
 
 def check_classes(labels: Sequence[int], num_classes: int, what: str) -> None:
@@ -102,30 +140,29 @@ def check_classes(labels: Sequence[int], num_classes: int, what: str) -> None:
             raise ValueError(f"{what} {label}: must be from 0 to {num_classes - 1}.")
 
 
-def make_denoiser(model: nn.Module, args: Any, labels: Tensor, settings: ImageSettings) -> Denoiser:
+def make_denoiser(
+    model: nn.Module, args: Any, condition: Condition, settings: ImageSettings
+) -> Denoiser:
     """Wrap a model for a sampler, with guidance if asked for.
 
     Args:
         model: In evaluation mode; returns a `DenoiserOutput`.
         args: Its arguments.
-        labels: Class of each sample, `(batch,)` int64, on the model's device.
+        condition: What each sample is to be of, on the model's device.
         settings: See `check_image_settings`.
     """
+    both = condition.both() if settings.guidance != 1 else {}
 
-    def predict(latents: Tensor, times: Tensor, classes: Tensor) -> Tensor:
-        prediction = model(latents, times, classes).prediction
-        return unpatchify(prediction, args.patch_size, args.out_channels, latents.shape[2])
+    def predict(latents: Tensor, times: Tensor, inputs: Inputs) -> Tensor:
+        prediction = model(latents, times, **inputs).prediction
+        return unpatchify(prediction, args.patch_size, args.out_channels, *latents.shape[2:])
 
     def plain(latents: Tensor, times: Tensor) -> Tensor:
-        return predict(latents, times, labels)
+        return predict(latents, times, condition.given)
 
     def guided(latents: Tensor, times: Tensor) -> Tensor:
-        null = torch.full_like(labels, args.num_classes)
-        both = predict(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null]))
-        with_class, without = both.chunk(2)
-        return guide(
-            with_class, without, settings.guidance, args.in_channels, settings.guided_channels
-        )
+        given, without = predict(latents.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
+        return guide(given, without, settings.guidance, args.in_channels, settings.guided_channels)
 
     return plain if settings.guidance == 1 else guided
 
@@ -134,42 +171,43 @@ def draw_images(
     model: nn.Module,
     args: Any,
     process: Process,
-    labels: Sequence[int],
+    condition: Condition | Sequence[int],
     numbers: Sequence[int],
     settings: ImageSettings,
     device: torch.device | str,
     vae: Vae | None = None,
     progress: Progress | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Draw one image for each label.
+    """Draw one image for each number.
 
     Args:
         model: In evaluation mode.
         args: Its arguments.
         process: What it was trained with.
-        labels: Class of each image.
+        condition: What each image is to be of, on the model's device; or the class of each.
         numbers: Number of each image; with the seed it decides all that is drawn for it.
         settings: See `check_image_settings`.
         device: The model's.
         vae: Makes pictures of latents; None: the model's images are pictures.
         progress: Told of each step.
+        size: Height and width of what the model sees; None: the square of its arguments.
 
     Returns:
         `(batch, channels, height, width)` float32, pictures in [-1, 1], not clipped.
     """
-    shape = (args.in_channels, args.image_size, args.image_size)
+    shape = (args.in_channels, *(size or (args.image_size, args.image_size)))
     step_noise = noise_of_samples(settings.seed, torch.tensor(list(numbers)), shape, device)
-    classes = torch.tensor(list(labels), dtype=torch.int64, device=device)
-    denoiser = make_denoiser(model, args, classes, settings)
-    start = step_noise(0)
+    if not isinstance(condition, Condition):
+        condition = class_condition(condition, args.num_classes, device)
+    denoiser = make_denoiser(model, args, condition, settings)
+    start, steps = step_noise(0), settings.num_steps
     if isinstance(process, RectifiedFlow):
-        latents = sample_euler(denoiser, start, process, settings.num_steps, progress)
+        latents = sample_euler(denoiser, start, process, steps, progress, settings.shift)
     elif isinstance(process, DDPM) and settings.sampler == "ddim":
-        latents = sample_ddim(
-            denoiser, start, process, settings.num_steps, step_noise, settings.eta, progress
-        )
+        latents = sample_ddim(denoiser, start, process, steps, step_noise, settings.eta, progress)
     elif isinstance(process, DDPM):
-        latents = sample_ddpm(denoiser, start, process, settings.num_steps, step_noise, progress)
+        latents = sample_ddpm(denoiser, start, process, steps, step_noise, progress)
     else:
         raise TypeError(f"no sampler for {type(process).__name__}")
     return latents if vae is None else vae.decode(latents)
@@ -183,15 +221,15 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
 
 def in_batches(
     draw: Callable[[Sequence[int], Sequence[int]], Tensor],
-    labels: Sequence[int],
+    subjects: Sequence[int],
     batch_size: int,
     keep: Callable[[int, NDArray[np.uint8]], None] = lambda number, picture: None,
 ) -> NDArray[np.uint8]:
     """Draw images numbered 0, 1, ... a batch at a time.
 
     Args:
-        draw: Given labels and numbers; see `draw_images`.
-        labels: Class of each image.
+        draw: Given subjects and numbers; see `draw_images`.
+        subjects: Class of each image, or its prompt.
         batch_size: Images drawn together.
         keep: Given each number and its `(height, width, 3)` uint8 when its batch is done.
 
@@ -199,8 +237,8 @@ def in_batches(
         `(images, height, width, 3)` uint8.
     """
     parts = []
-    for first in range(0, len(labels), batch_size):
-        chosen = labels[first : first + batch_size]
+    for first in range(0, len(subjects), batch_size):
+        chosen = subjects[first : first + batch_size]
         parts.append(to_pixels(draw(chosen, range(first, first + len(chosen)))))
         for number, picture in enumerate(parts[-1], first):
             keep(number, picture)

@@ -45,9 +45,10 @@ def contact_sheet(rows: Sequence[SheetRow]) -> NDArray[np.uint8]:
     """
     rows = _cut_rows(rows)
     pictures = [[_enlarge(image) for image in row.images] for row in rows]
-    cell = max((picture.width for row in pictures for picture in row), default=CELL)
+    sizes = [picture.size for row in pictures for picture in row] or [(CELL, CELL)]
+    cell, cell_height = map(max, zip(*sizes, strict=True))
     labels = [_wrap(row.label) for row in rows]
-    heights = [max(cell, _LINE_HEIGHT * len(label)) for label in labels]
+    heights = [max(cell_height, _LINE_HEIGHT * len(label)) for label in labels]
     columns = max(len(row) for row in pictures)
     size = (_LABEL_WIDTH + columns * (cell + _GAP) + _GAP, sum(heights) + _GAP * (len(rows) + 1))
     sheet = Image.new("RGB", size, "white")

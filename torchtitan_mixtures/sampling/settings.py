@@ -85,6 +85,13 @@ class DenoisingSettings:
     guided_channels: int = 0
     """Guide the first so many channels only. 0 = all."""
 
+    shift: float = 0.0
+    """For models of kind flow: shift of the times towards noise. 0 = as trained."""
+
+    negative_prompt: str = ""
+    """For models of prompted images: guide away from this prompt instead of from none. Empty =
+    from none."""
+
 
 def check_denoising(values: Any, prefix: str) -> None:
     """Check the values of `DenoisingSettings`, as `check_values`."""
@@ -92,6 +99,7 @@ def check_denoising(values: Any, prefix: str) -> None:
         "num_steps": (values.num_steps >= 1, "1 or more"),
         "eta": (0 <= values.eta <= 1, "from 0 to 1"),
         "guided_channels": (values.guided_channels >= 0, "0 (all) or more"),
+        "shift": (0 <= values.shift < math.inf, "a finite number > 0 (0 = as trained)"),
     }
     for key, (holds, allowed) in rules.items():
         if not holds:

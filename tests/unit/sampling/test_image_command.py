@@ -18,6 +18,7 @@ from torchtitan_mixtures.models.mom.args import MoMModelArgs
 from torchtitan_mixtures.models.mom.model import MoM
 from torchtitan_mixtures.objectives.denoising import build_process
 from torchtitan_mixtures.sampling.command import main
+from torchtitan_mixtures.sampling.conditions import class_condition
 from torchtitan_mixtures.sampling.images import check_image_settings, draw_images, make_denoiser
 
 SMALL = dict(dim=16, n_layers=2, in_channels=3, num_classes=8, patch_size=8, init_seed=0)
@@ -94,7 +95,7 @@ def test_what_is_not_said_is_as_in_the_sampling_of_the_run(tmp_path):
     settings = json.loads((tmp_path / "out" / "samples.json").read_text())["settings"]
     assert settings == {
         "sampler": "ddim", "num_steps": 7, "eta": 0.25, "guidance": 3.0, "guided_channels": 2,
-        "seed": 0,
+        "seed": 0, "shift": 0.0,
     }  # fmt: skip
 
 
@@ -124,6 +125,11 @@ WRONG = [
     (("--class-labels", "-1"), "--class-labels -1: must be from 0 to 7."),
     (("--model", "MoM-S/4"), "--model MoM-S/4: "),
     (("--prompt", "a fox"), "--prompt: "),
+    (("--negative-prompt", "a fox"), "--negative-prompt: "),
+    (("--aspect-ratio", "4:3"), "--aspect-ratio: "),
+    (("--speak",), "--speak: "),
+    (("--shift", "2"), "--shift = 2.0: a model of kind ddpm has no times that could be shifted"),
+    (("--shift", "-1"), "--shift = -1.0: must be a finite number > 0 (0 = as trained)"),
     (("--sampler", "euler"), "--sampler = 'euler': a model of kind ddpm is drawn from with ddpm"),
     (("--num-steps", "1001"), "--num-steps = 1001: must be at most 1000"),
     (("--num-steps", "0"), "--num-steps = 0: must be 1 or more"),
@@ -191,8 +197,13 @@ def test_guidance_of_a_model_without_null_class_is_refused(tmp_path, capsys):
 
 def test_a_flow_model_is_drawn_from_with_euler(tmp_path):
     flow = save(tmp_path / "run", make_model(learned_variance=False), "--objective.kind=flow")
-    table = sample(flow, tmp_path / "out", "--class-labels", "1", "--num-samples", "1", "--no-ema")
-    assert table["settings"]["sampler"] == "euler"
+    options = ("--class-labels", "1", "--num-samples", "1", "--no-ema")
+    table = sample(flow, tmp_path / "out", *options)
+    assert (table["settings"]["sampler"], table["settings"]["shift"]) == ("euler", 1.0)
+    shifted = sample(flow, tmp_path / "shifted", *options, "--shift", "3")
+    assert shifted["settings"]["shift"] == 3.0
+    (first,), (second,) = (pixels(tmp_path / name).values() for name in ("out", "shifted"))
+    assert (first != second).any()
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
@@ -203,13 +214,14 @@ def test_guidance_is_that_of_two_predictions(kind):
     job.sampling.guidance, job.sampling.guided_channels = 3.0, 2
     settings = check_image_settings(job.sampling, process, args, 0.1)
     latents, times = torch.randn(2, 3, 32, 32), torch.tensor([10.0, 10.0])
-    labels = torch.tensor([1, 4])
+    labels = class_condition([1, 4], 8, "cpu")
     with torch.no_grad():
         guided = make_denoiser(model, args, labels, settings)(latents, times)
         settings = check_image_settings(debug_job("mom").sampling, process, args, 0.1)
         object.__setattr__(settings, "guidance", 1.0)
         conditional = make_denoiser(model, args, labels, settings)(latents, times)
-        null = make_denoiser(model, args, torch.full((2,), 8), settings)(latents, times)
+        nothing = class_condition([8, 8], 8, "cpu")
+        null = make_denoiser(model, args, nothing, settings)(latents, times)
     expected = conditional.clone()
     expected[:, :2] = null[:, :2] + 3 * (conditional - null)[:, :2]
     torch.testing.assert_close(guided, expected)

@@ -41,6 +41,8 @@ class FakeProcessor:
         ("--sampling.num_steps=1001", r"^sampling.num_steps = 1001: must be at most 1000"),
         ("--sampling.guided_channels=4", r"^sampling.guided_channels = 4: must be from 0"),
         ("--sampling.vae=nowhere", r"nowhere"),
+        ("--sampling.shift=3", r"^sampling.shift = 3.0: a model of kind ddpm"),
+        ("--sampling.negative_prompt=a", r"^sampling.negative_prompt = 'a': .* images of classes"),
     ],
 )
 def test_what_could_not_be_drawn_is_refused_at_start_up(option, message):
