@@ -13,18 +13,18 @@ the interface of `MMDiTBlock`. For modality i with tokens x_i and a condition c:
 Deviations:
     - Modulation "zero" is SD3's, an identity at first; "film_identity" the package's, an ordinary
       transformer block at first. Each modality has one linear layer for all its vectors in either
-      case (in the package modalities share one for scales behind branches).
-    - Modality without output ("pre-only", SD3's text in the last block) have no parameters that
-      would never learn; the package keeps its feed-forward network and leaves it out.
+      case (in the package modalities share one for what scales branches).
+    - A modality without output ("pre-only", SD3's text in the last block) has no parameters that
+      would never learn; the package has them and leaves them out.
     - A condition may be of a modality or of a token.
     - Weights are drawn as in DiT: Xavier's uniform distribution, biases 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,11 @@ from torch import Tensor, nn
 from torchtitan_mixtures.models.common.building import initialise
 from torchtitan_mixtures.models.common.modulation import Modulation, modulated_norm
 from torchtitan_mixtures.models.mmdit.feed_forward import FeedForward, FeedForwardOptions
-from torchtitan_mixtures.models.mmdit.hyper_connections import HyperConnection, StreamReader
+from torchtitan_mixtures.models.mmdit.hyper_connections import (
+    Connection,
+    HyperConnection,
+    StreamReader,
+)
 from torchtitan_mixtures.models.mmdit.inputs import (
     check_batches,
     check_mask,
@@ -224,12 +228,18 @@ class JointBlock(nn.Module):
 
     def init_weights(self) -> None:
         """Initialise all weights."""
-        for modules in self.children():
-            for module in modules.values() if isinstance(modules, nn.ModuleDict) else [modules]:
-                if isinstance(module, nn.LayerNorm):
-                    module.reset_parameters()
-                else:
-                    module.init_weights()  # pyrefly: ignore [not-callable]
+        self.attention.init_weights()
+        for norms in (self.attention_norm, self.ffn_norm):
+            for norm in cast(Iterable[nn.LayerNorm], norms.values()):
+                norm.reset_parameters()
+        for modules in (
+            self.modulation,
+            self.feed_forward,
+            self.attention_streams,
+            self.ffn_streams,
+        ):
+            for module in cast(Iterable[Modulation | FeedForward | Connection], modules.values()):
+                module.init_weights()
 
 
 def _norm(dim: int, config: BlockConfig) -> nn.LayerNorm:

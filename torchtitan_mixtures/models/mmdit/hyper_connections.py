@@ -39,16 +39,15 @@ def reduce(state: Tensor) -> Tensor:
     return state.mean(2)
 
 
-class StreamReader(nn.Module):
-    """What a branch reads of the streams, for a branch that writes nothing back.
+class Connection(nn.Module):
+    """Weights between the streams of a token and a branch: one column for each use of the streams.
 
-    State dict, with 1 column for what is read (of a `HyperConnection` `streams + 2` columns: what
-    is read, the streams that are carried on, and what share of the output each stream gets):
+    State dict:
 
-        static       (streams, columns)    A (and b)
-        weight       (columns, dim)        W_a (and w_b); the last three only if dynamic
+        static       (streams, columns)  A and b
+        weight       (columns, dim)      W_a and w_b; the last three only if dynamic
         norm_weight  (dim,)
-        scale        (1,)                  scale_a; of a `HyperConnection` (2,), with scale_b
+        scale        (scales,)           scale_a and scale_b
 
     Args:
         dim: Width of a stream.
@@ -57,12 +56,12 @@ class StreamReader(nn.Module):
         dynamic: Whether each token decides; otherwise it is the same for all.
     """
 
-    num_scales = 1
+    num_scales: int
 
     def __init__(self, dim: int, num_streams: int, index: int, *, dynamic: bool = True) -> None:
         super().__init__()
         self.num_streams, self.index, self.dynamic = num_streams, index, dynamic
-        columns = self._initial().shape[1]
+        columns = self.initial_columns().shape[1]
         self.static = nn.Parameter(torch.empty(num_streams, columns))
         if dynamic:
             self.weight = nn.Parameter(torch.empty(columns, dim))
@@ -70,11 +69,15 @@ class StreamReader(nn.Module):
             self.scale = nn.Parameter(torch.empty(self.num_scales))
         self.init_weights()
 
-    def forward(self, state: Tensor) -> Tensor:
-        """`(batch, seq, streams, dim)` -> what the branch reads, `(batch, seq, dim)`."""
-        return _mix(self._coefficients(state), state).squeeze(2)
+    def initial_columns(self) -> Tensor:
+        """`static` at first: the branch reads one stream."""
+        return F.one_hot(torch.tensor(self.index % self.num_streams), self.num_streams)[:, None]
 
-    def _coefficients(self, state: Tensor) -> Tensor:
+    def scales(self) -> Tensor:
+        """How much the token matters, `(columns,)` or `(1,)`."""
+        return self.scale
+
+    def coefficients(self, state: Tensor) -> Tensor:
         """`(batch, seq, streams, columns)`, float32 or better; if static `(streams, columns)`."""
         static = self.static.to(torch.promote_types(self.static.dtype, torch.float32))
         if not self.dynamic:
@@ -83,32 +86,52 @@ class StreamReader(nn.Module):
         square = torch.linalg.vector_norm(state, dim=3, keepdim=True, dtype=static.dtype).square()
         inverse = (square / state.shape[3]).clamp(min=TINY).rsqrt()
         logits = F.linear(state, self.weight * self.norm_weight) * inverse
-        return static + self._scales().to(static.dtype) * logits.tanh()
-
-    def _scales(self) -> Tensor:
-        return self.scale
-
-    def _initial(self) -> Tensor:
-        return F.one_hot(torch.tensor(self.index % self.num_streams), self.num_streams)[:, None]
+        return static + self.scales() * logits.tanh()
 
     def init_weights(self) -> None:
         """Let the branch read one stream, and all streams go on as they are."""
-        assign(self.static, self._initial())
+        assign(self.static, self.initial_columns())
         if self.dynamic:
             nn.init.zeros_(self.weight)
             nn.init.ones_(self.norm_weight)
             nn.init.constant_(self.scale, SCALE_INIT)
 
 
-class HyperConnection(StreamReader):
+class StreamReader(Connection):
+    """What a branch reads of the streams, where nothing is written back.
+
+    State dict: see `Connection`; 1 column and 1 scale.
+    """
+
+    num_scales = 1
+
+    def forward(self, state: Tensor) -> Tensor:
+        """`(batch, seq, streams, dim)` -> what the branch reads, `(batch, seq, dim)`."""
+        return _mix(self.coefficients(state), state).squeeze(2)
+
+
+class HyperConnection(Connection):
     """What a branch reads of the streams, and how its output is written back.
 
-    State dict: see `StreamReader`.
+    State dict: see `Connection`; `streams + 2` columns (what is read, the streams that are carried
+    on, and how much of the output each stream gets) and 2 scales.
     """
 
     num_scales = 2
 
-    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def initial_columns(self) -> Tensor:
+        """`static` at first: the branch reads one stream, and all streams get its output."""
+        streams = self.num_streams
+        return torch.cat(
+            [super().initial_columns(), torch.eye(streams), torch.ones(streams, 1)], dim=1
+        )
+
+    def scales(self) -> Tensor:
+        """How much the token matters, `(columns,)`."""
+        scale_a, scale_b = self.scale.split(1)
+        return torch.cat([scale_a.expand(self.num_streams + 1), scale_b])
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read.
 
         Args:
@@ -119,7 +142,7 @@ class HyperConnection(StreamReader):
             streams, dim)`, and how much of the output each gets, `(batch, seq, streams)` or
             `(streams,)`; the last two are for `combine`.
         """
-        coefficients = self._coefficients(state)
+        coefficients = self.coefficients(state)
         mixed = _mix(coefficients[..., :-1], state)
         return mixed[:, :, 0], mixed[:, :, 1:], coefficients[..., -1]
 
@@ -127,14 +150,6 @@ class HyperConnection(StreamReader):
     def combine(carried: Tensor, beta: Tensor, out: Tensor) -> Tensor:
         """Add what a branch puts out, `(batch, seq, dim)`, to the streams."""
         return torch.addcmul(carried, beta.to(out.dtype).unsqueeze(-1), out.unsqueeze(2))
-
-    def _scales(self) -> Tensor:
-        scale_a, scale_b = self.scale.split(1)
-        return torch.cat([scale_a.expand(self.num_streams + 1), scale_b])
-
-    def _initial(self) -> Tensor:
-        streams = self.num_streams
-        return torch.cat([super()._initial(), torch.eye(streams), torch.ones(streams, 1)], dim=1)
 
 
 def _mix(coefficients: Tensor, state: Tensor) -> Tensor:
