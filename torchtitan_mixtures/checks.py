@@ -31,6 +31,7 @@ from torchtitan_mixtures.job_config import MixtureJobConfig, Objective
 from torchtitan_mixtures.models import FAMILIES
 from torchtitan_mixtures.models.common.grouped_mm import has_fast_grouped_mm, is_aligned
 from torchtitan_mixtures.objectives.denoising import build_process
+from torchtitan_mixtures.prompt_checks import check_prompted, refuse_prompt_keys
 from torchtitan_mixtures.sampling.during_training import check_sampling
 from torchtitan_mixtures.towers import check_towers, warn_of_empty_modalities
 
@@ -210,25 +211,34 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
             "multimodal.validation_splits = []: validation.enable = true needs at least one split."
         )
     if getattr(model_args, "is_classifier", False):
+        refuse_prompt_keys(job_config)
         check_classifier(job_config, model_args)
         return
     refuse_keys(job_config, "classification", "classes to predict")
     refuse_keys(job_config, "nested", "nested experts")
     if hasattr(model_args, "modality_names"):
+        refuse_prompt_keys(job_config)
         _check_token_data(job_config, model_args)
     else:
-        _check_image_data(job_config)
+        _check_image_data(job_config, model_args)
 
 
-def _check_image_data(job_config: MixtureJobConfig) -> None:
+def _check_image_data(job_config: MixtureJobConfig, model_args: Any) -> None:
     """Check what is left after a model's arguments were completed from its images."""
     _check_objective(job_config.objective)
-    keys = ("dispatch", "untie", "tower_of_modality", "context_parallel")
-    refuse_keys(job_config, "mixture", "towers of modalities", keys)
-    refuse_keys(job_config, "multimodal", "tokens of documents", TOKEN_KEYS)
-    image_data.check_splits(job_config)
+    if getattr(model_args, "is_prompted", False):
+        from torchtitan_mixtures.data import prompt_loader
+
+        check_prompted(job_config, model_args)
+        prompt_loader.check_prompt_splits(job_config)
+    else:
+        keys = ("dispatch", "untie", "tower_of_modality", "context_parallel")
+        refuse_keys(job_config, "mixture", "towers of modalities", keys)
+        refuse_keys(job_config, "multimodal", "tokens of documents", TOKEN_KEYS)
+        refuse_prompt_keys(job_config)
+        image_data.check_splits(job_config)
     image_data.warn_of_thumbnails(job_config)
-    build_process(job_config.objective, image_data.image_spec(job_config).channels)
+    build_process(job_config.objective, model_args.in_channels)
 
 
 def _check_objective(objective: Objective) -> None:
