@@ -26,9 +26,10 @@ validation it is left without loss.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,12 +58,12 @@ class Draw(NamedTuple):
 
     Attributes:
         number: Its `sample_index`.
-        image: None if it could not be read.
+        image: What the split says of it, such as a `ClassImage`; None if it could not be read.
         broken: Key and reason of every image that was tried in vain.
     """
 
     number: int
-    image: ClassImage | None
+    image: Any
     broken: Sequence[tuple[str, str]] = ()
 
 
@@ -73,6 +74,20 @@ class CollatedDraws(NamedTuple):
     labels: Tensor
     num_read: int
     broken: list[tuple[str, str]]
+    num_truncated: int = 0  # prompts that were cut
+
+
+class AnyCollator(Protocol):
+    """Makes batches of draws of some kind."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch; if there are fewer, the rest is padding without loss."""
+        ...
+
+    def __call__(self, draws: Sequence[Draw]) -> CollatedDraws:
+        """Make a batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -162,11 +177,90 @@ class BrokenImageCounter:
         self._counts.seen = min(self._counts.seen + count, self._num_images)
 
 
-class TrainingImages(IterableDataset):
+class AnyImages(Protocol):
+    """Images of a split, whatever comes with them."""
+
+    def __len__(self) -> int:
+        """Count the images."""
+        ...
+
+    def key(self, index: int) -> str:
+        """What finds an image again, for messages."""
+        ...
+
+
+class EndlessImages(IterableDataset, ABC):
     """The microbatches of one data-parallel rank, endless.
 
     With worker processes, iterating yields every w-th of them, such that `DataLoader`, which asks
     its workers in turn, has them all in order.
+
+    Args:
+        images: The split.
+        seed: Of the order.
+        rank: Data-parallel rank.
+        collator: Makes batches.
+    """
+
+    def __init__(self, images: AnyImages, seed: int, rank: Share, collator: AnyCollator) -> None:
+        self.num_consumed = 0
+        """Samples that were handed out on all ranks together; where the next iteration starts."""
+        self.samples_of_round = collator.batch_size * rank.count
+        self._images = images
+        self._seed = seed
+        self._rank = rank
+        self._collator = collator
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
+
+    @property
+    def samples_of_epoch(self) -> int:
+        """Samples after which every image was taken once more."""
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[CollatedDraws]:
+        """Iterate from `num_consumed` on."""
+        worker = _this_worker()
+        batch_size = self._collator.batch_size
+        first_of_rank = self.num_consumed + self._rank.index * batch_size
+        for round_ in itertools.count(worker.index, worker.count):
+            first = first_of_rank + round_ * self.samples_of_round
+            yield self._collator([self.draw(first + place) for place in range(batch_size)])
+
+    def draw(self, number: int) -> Draw:
+        """Read a sample of the run; for a broken one the next that is not."""
+        broken = []
+        for candidate in self._candidates(number):
+            try:
+                return Draw(number, self._read(candidate, number), broken)
+            except BrokenImageError as error:
+                broken.append((self._images.key(candidate), str(error)))
+        return Draw(number, None, broken)
+
+    @abstractmethod
+    def _read(self, index: int, number: int) -> Any:
+        """Read an image for a sample; what is drawn depends on the sample's number alone."""
+
+    def _candidates(self, number: int) -> Iterable[int]:
+        """The image of a sample, and those that may take its place, in order."""
+        size = len(self._images)
+        epoch, place = divmod(number, size)
+        index = int(self._order(epoch)[place])
+        return ((index + step) % size for step in range(min(size, MAX_REPLACEMENTS)))
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The image of each sample of an epoch, `(samples_of_epoch,)`."""
+        if epoch not in self._orders:
+            self._orders[epoch] = self._make_order(epoch)
+            for finished in sorted(self._orders)[:-2]:  # a microbatch may lie in two
+                del self._orders[finished]
+        return self._orders[epoch]
+
+    def _make_order(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_order(self._seed, epoch, len(self._images))
+
+
+class TrainingImages(EndlessImages):
+    """Microbatches of images with classes.
 
     Args:
         images: The split.
@@ -184,61 +278,27 @@ class TrainingImages(IterableDataset):
         collator: Collator,
         augmentation: Augmentation | None = None,
     ) -> None:
+        super().__init__(images, config.seed, rank, collator)
         self.images = images
-        self.num_consumed = 0
-        """Samples that were handed out on all ranks together; where the next iteration starts."""
-        self.samples_of_round = collator.batch_size * rank.count
-        self._config = config
-        self._rank = rank
-        self._collator = collator
+        self._random_flip = config.random_flip
         self._augmentation = augmentation
-        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
 
-    def __iter__(self) -> Iterator[CollatedDraws]:
-        """Iterate from `num_consumed` on."""
-        worker = _this_worker()
-        batch_size = self._collator.batch_size
-        first_of_rank = self.num_consumed + self._rank.index * batch_size
-        for round_ in itertools.count(worker.index, worker.count):
-            first = first_of_rank + round_ * self.samples_of_round
-            yield self._collator([self.draw(first + place) for place in range(batch_size)])
-
-    def draw(self, number: int) -> Draw:
-        """Read a sample of the run; for a broken one the next that is not."""
-        size = len(self.images)
-        epoch, place = divmod(number, size)
-        index = int(self._order(epoch)[place])
-        is_flipped = False
-        if self._config.random_flip:
-            is_flipped = document_rng(self._config.seed, number, "flip").random() < 0.5
-        crop = (
-            None
-            if self._augmentation is None
-            else self._augmentation.crop(self._config.seed, number)
-        )
-        broken = []
-        for step in range(min(size, MAX_REPLACEMENTS)):
-            candidate = (index + step) % size
-            try:
-                image = self.images.read(candidate, is_flipped, crop)
-            except BrokenImageError as error:
-                broken.append((self.images.key(candidate), str(error)))
-                continue
-            if self._augmentation is not None:
-                pixels = self._augmentation.apply(image.image, self._config.seed, number)
-                image = image._replace(image=pixels)
-            return Draw(number, image, broken)
-        return Draw(number, None, broken)
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            self._orders[epoch] = epoch_order(self._config.seed, epoch, len(self.images))
-            for finished in sorted(self._orders)[:-2]:  # a microbatch may lie in two
-                del self._orders[finished]
-        return self._orders[epoch]
+    def _read(self, index: int, number: int) -> ClassImage:
+        is_flipped = self._random_flip and is_mirrored(self._seed, number)
+        if self._augmentation is None:
+            return self.images.read(index, is_flipped)
+        crop = self._augmentation.crop(self._seed, number)
+        image = self.images.read(index, is_flipped, crop)
+        pixels = self._augmentation.apply(image.image, self._seed, number)
+        return image._replace(image=pixels)
 
 
-class ValidationImages(IterableDataset):
+def is_mirrored(seed: int, number: int) -> bool:
+    """Whether a sample is among the half that is mirrored."""
+    return document_rng(seed, number, "flip").random() < 0.5
+
+
+class ImagePass(IterableDataset, ABC):
     """One pass over a split in a fixed mixed order, in batches of one data-parallel rank.
 
     Mixed, since `validation.steps` may end it early and the images are sorted by class; the order
@@ -252,31 +312,64 @@ class ValidationImages(IterableDataset):
     """
 
     def __init__(
-        self, images: ImageSet, rank: Share, collator: Collator, max_batches: int = -1
+        self, images: AnyImages, rank: Share, collator: AnyCollator, max_batches: int = -1
     ) -> None:
         self._images = images
         self._rank = rank
         self._collator = collator
         self._samples_of_round = collator.batch_size * rank.count
-        whole = -(-len(images) // self._samples_of_round)
-        self.num_batches = whole if max_batches == -1 else min(whole, max_batches)
-        self.num_images = min(len(images), self.num_batches * self._samples_of_round)
+        rounds = self._make_rounds()
+        self._rounds = rounds if max_batches == -1 else rounds[:max_batches]
+        self.num_batches = len(self._rounds)
+        self.num_images = sum(map(len, self._rounds))
         """Images of a pass, of all ranks together."""
 
     def __iter__(self) -> Iterator[CollatedDraws]:
         """Ranks share the images of a round in turns, workers alternate in rounds."""
         worker = _this_worker()
-        order = epoch_order(0, 0, len(self._images), "validation")
-        for round_ in range(worker.index, self.num_batches, worker.count):
-            of_all_ranks = order[round_ * self._samples_of_round :][: self._samples_of_round]
+        for of_all_ranks in self._rounds[worker.index :: worker.count]:
             of_rank = of_all_ranks[self._rank.index :: self._rank.count]
             yield self._collator([self._draw(int(index)) for index in of_rank])
 
+    @abstractmethod
+    def _read(self, index: int) -> Any:
+        """Read an image, the same in every pass."""
+
     def _draw(self, index: int) -> Draw:
         try:
-            return Draw(index, self._images.read(index))
+            return Draw(index, self._read(index))
         except BrokenImageError as error:
             return Draw(index, None, [(self._images.key(index), str(error))])
+
+    def _make_rounds(self) -> list[NDArray[np.int64]]:
+        """The images of each batch of all ranks together; the last may have fewer."""
+        order = epoch_order(0, 0, len(self._images), "validation")
+        return split_evenly(order, self._samples_of_round)
+
+
+class ValidationImages(ImagePass):
+    """A pass over images with classes.
+
+    Args:
+        images: The split.
+        rank: Data-parallel rank.
+        collator: Makes batches.
+        max_batches: Batches of a pass at most; -1 = no limit.
+    """
+
+    def __init__(
+        self, images: ImageSet, rank: Share, collator: Collator, max_batches: int = -1
+    ) -> None:
+        super().__init__(images, rank, collator, max_batches)
+        self.images = images
+
+    def _read(self, index: int) -> ClassImage:
+        return self.images.read(index)
+
+
+def split_evenly(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Cut an order into parts of `size`, the last of which may be shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _this_worker() -> Share:

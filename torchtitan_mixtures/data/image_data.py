@@ -60,12 +60,7 @@ def image_spec(job_config: JobConfig) -> ImageSpec:
     """
     config = _multimodal(job_config)
     if config.source == "emoji":
-        if config.random_flip:
-            raise ValueError(
-                "multimodal.random_flip = true: mirrored emoji would lie (arrows, letters, flags); "
-                "set it to false."
-            )
-        _check_emoji_size(config)
+        check_emoji_images(config)
         return _pixel_spec(config, emoji_classes(config.class_of))
     if config.source == "datasets":
         return _pixel_spec(config, _class_dataset(job_config).class_names)
@@ -225,6 +220,21 @@ def _pixel_spec(config: Multimodal, class_names: tuple[str, ...]) -> ImageSpec:
 
 
 def _latent_spec(config: Multimodal, index: LatentIndex) -> ImageSpec:
+    check_latents(config, index)
+    if index.is_captioned:
+        raise ValueError(
+            f'multimodal.path = "{config.path}": its latents have captions and no classes; only '
+            "models with prompts can be trained on them."
+        )
+    return ImageSpec(index.channels, index.size, len(index.class_names), index.class_names)
+
+
+def check_latents(config: Multimodal, index: LatentIndex) -> None:
+    """Check that latents are what a job asks for.
+
+    Raises:
+        ValueError: Names the key that does not fit, its value and the remedy.
+    """
     if config.vae:
         raise ValueError(
             f'multimodal.vae = "{config.vae}": multimodal.path = "{config.path}" holds latents, '
@@ -242,10 +252,19 @@ def _latent_spec(config: Multimodal, index: LatentIndex) -> ImageSpec:
             f'multimodal.random_flip = true: "{config.path}" has no latents of mirrored pictures; '
             f"encode it with {ENCODE_COMMAND} --flip, or set it to false."
         )
-    return ImageSpec(index.channels, index.size, len(index.class_names), index.class_names)
 
 
-def _check_emoji_size(config: Multimodal) -> None:
+def check_emoji_images(config: Multimodal) -> None:
+    """Check the size that emoji are asked for in, and that they stay as they are.
+
+    Raises:
+        ValueError: Names the key, its value and the remedy.
+    """
+    if config.random_flip:
+        raise ValueError(
+            "multimodal.random_flip = true: mirrored emoji would lie (arrows, letters, flags); "
+            "set it to false."
+        )
     factor = picture_size(config) // config.image_size
     if config.image_size * factor not in SIZES:
         allowed = [str(size // factor) for size in SIZES if size % factor == 0]

@@ -11,6 +11,7 @@ for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,6 +19,7 @@ from typing import Any, Literal, cast
 import datasets
 import pyarrow as pa
 import pyarrow.compute
+from PIL import Image
 
 from torchtitan_mixtures.data.image_files import BrokenImageError, Crop, crop_picture
 from torchtitan_mixtures.data.image_sets import ClassImage, to_tensor
@@ -32,7 +34,7 @@ MAX_CLASSES = 2**20
 
 _KEYS = ("path", "name", "train_split", "streaming", "image_column", "label_column")
 
-_STRINGS = ("string", "large_string")
+STRINGS = ("string", "large_string")
 _BYTES = ("binary", "large_binary")
 
 
@@ -56,11 +58,6 @@ class ClassDataset:
     """
 
     def __init__(self, config: Multimodal) -> None:
-        if config.streaming:
-            raise ValueError(
-                "multimodal.streaming = true: models of images read them in any order, which a "
-                "stream does not have; set it to false."
-            )
         self._config = config
         self._splits: dict[str, datasets.Dataset] = {}
         key, split = "multimodal.train_split", config.train_split
@@ -100,30 +97,8 @@ class ClassDataset:
 
     def _open(self, key: str, split: str) -> datasets.Dataset:
         if split not in self._splits:
-            data = open_split(self._config, split, key == "multimodal.train_split")
-            assert isinstance(data, datasets.Dataset)  # since it is not streamed
-            self._splits[split] = self._keep_columns(data)
+            self._splits[split] = open_columns(self._config, key, split, "label_column")
         return self._splits[split]
-
-    def _keep_columns(self, data: datasets.Dataset) -> datasets.Dataset:
-        for key in ("image_column", "label_column"):
-            column = getattr(self._config, key)
-            if column not in data.column_names:
-                raise ValueError(
-                    f'multimodal.{key} = "{column}": "{self._config.path}" has no such column; '
-                    f"its columns are {', '.join(data.column_names)}."
-                )
-        column = self._config.image_column
-        feature = data.features[column]
-        if not _holds_images(feature):
-            raise ValueError(
-                f'multimodal.image_column = "{column}": holds {_describe(feature)}; it must hold '
-                "images, their bytes or their paths."
-            )
-        kept = cast(datasets.Dataset, data.select_columns([column, self._config.label_column]))
-        if isinstance(feature, datasets.Image):
-            return kept.cast_column(column, datasets.Image(decode=False))
-        return kept
 
     def _type_of_labels(self, data: datasets.Dataset) -> LabelType:
         feature = data.features[self._config.label_column]
@@ -131,13 +106,14 @@ class ClassDataset:
         item = feature.feature if is_list else feature
         if isinstance(item, datasets.ClassLabel):
             return LabelType("names", is_list, tuple(item.names))
-        if isinstance(item, datasets.Value) and item.dtype in _STRINGS:
+        if isinstance(item, datasets.Value) and item.dtype in STRINGS:
             return LabelType("strings", is_list)
         if isinstance(item, datasets.Value) and item.dtype.lstrip("u").startswith("int"):
             return LabelType("numbers", is_list)
         raise ValueError(
-            f'multimodal.label_column = "{self._config.label_column}": holds {_describe(feature)}; '
-            "it must hold classes (ClassLabel), whole numbers or strings, or lists of them."
+            f'multimodal.label_column = "{self._config.label_column}": holds '
+            f"{describe_feature(feature)}; it must hold classes (ClassLabel), whole numbers or "
+            "strings, or lists of them."
         )
 
     def _name_classes(self, key: str, split: str) -> tuple[str, ...]:
@@ -201,8 +177,56 @@ class ClassDataset:
         return f'column "{self._config.label_column}" of split "{split}" of "{self._config.path}"'
 
 
+class PictureRows:
+    """The rows of an open split, and the pictures in them.
+
+    Args:
+        data: What `open_columns` opened.
+        config: The `[multimodal]` section.
+        split: Name of the split, for messages.
+    """
+
+    def __init__(self, data: datasets.Dataset, config: Multimodal, split: str) -> None:
+        self.data = data
+        self._path = config.path
+        self._column = config.image_column
+        self._split = split
+        named = Path(config.data_files[0] if config.data_files else config.path)
+        self._folder = named if named.is_dir() else named.parent
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.data)
+
+    def open_picture(self, row: dict[str, Any]) -> Image.Image:
+        """Decode the picture of a row, upright RGB.
+
+        Raises:
+            BrokenImageError: It cannot be read.
+        """
+        try:
+            return open_image(self.find_file(row))
+        except (OSError, ValueError) as error:  # the former of paths no file system can have
+            raise BrokenImageError(str(error)) from error
+
+    def find_file(self, row: dict[str, Any]) -> Any:
+        """The image of a row; a relative path is found beside the data that names it."""
+        image = row[self._column]
+        path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+        if isinstance(path, str) and not Path(path).exists() and (self._folder / path).is_file():
+            return str(self._folder / path)
+        return image
+
+    def key(self, index: int) -> str:
+        """What finds the image again, for messages."""
+        image = self.data[index][self._column]
+        path = image.get("path") if isinstance(image, dict) else image
+        where = f"{self._path}:{self._split}[{index}]"
+        return f"{where} ({path})" if path and isinstance(path, str) else where
+
+
 class DatasetImages:
-    """The pictures of a split of a data set.
+    """The pictures of a split of a data set, with their classes.
 
     Args:
         config: The `[multimodal]` section.
@@ -216,35 +240,26 @@ class DatasetImages:
     def __init__(self, config: Multimodal, key: str, split: str, size: int) -> None:
         dataset = class_dataset(config)
         self.shape = (3, size, size)
-        self._data = dataset.open(key, split)
+        self._rows = PictureRows(dataset.open(key, split), config, split)
         self.max_labels = dataset.max_labels(split)
         self._dataset = dataset
         self._config = config
-        self._split = split
-        named = Path(config.data_files[0] if config.data_files else config.path)
-        self._folder = named if named.is_dir() else named.parent
 
     def __len__(self) -> int:
         """See `ImageSet.__len__`."""
-        return len(self._data)
+        return len(self._rows)
 
     def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """See `ImageSet.read`."""
-        row = self._data[index]
+        row = self._rows.data[index]
         label = self._number(row[self._config.label_column])
-        try:
-            picture = open_image(self._find_file(row[self._config.image_column]))
-        except (OSError, ValueError) as error:  # the former of paths no file system can have
-            raise BrokenImageError(str(error)) from error
+        picture = self._rows.open_picture(row)
         image = to_tensor(crop_picture(picture, self.shape[-1], crop))
         return ClassImage(image.flip(-1) if is_flipped else image, label)
 
     def key(self, index: int) -> str:
         """See `ImageSet.key`."""
-        image = self._data[index][self._config.image_column]
-        path = image.get("path") if isinstance(image, dict) else image
-        where = f"{self._config.path}:{self._split}[{index}]"
-        return f"{where} ({path})" if path and isinstance(path, str) else where
+        return self._rows.key(index)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `ImageSet.fingerprint`."""
@@ -260,13 +275,6 @@ class DatasetImages:
     def _number_of(self, label: int | str) -> int:
         return self._dataset.number_of[label] if isinstance(label, str) else label
 
-    def _find_file(self, image: Any) -> Any:
-        """Find a relative path of an image beside the data that names it."""
-        path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
-        if isinstance(path, str) and not Path(path).exists() and (self._folder / path).is_file():
-            return str(self._folder / path)
-        return image
-
 
 def class_dataset(config: Multimodal) -> ClassDataset:
     """Open a data set; the same one when it is asked for again."""
@@ -280,11 +288,57 @@ def _class_dataset(data_files: tuple[str, ...], **keys: Any) -> ClassDataset:
     return ClassDataset(Multimodal(source="datasets", data_files=list(data_files), **keys))
 
 
+def open_columns(
+    config: Multimodal, key: str, split: str, *columns: Literal["label_column", "caption_column"]
+) -> datasets.Dataset:
+    """Open a split; only the images, not decoded, and other columns.
+
+    Args:
+        config: The `[multimodal]` section.
+        key: The key that names the split.
+        split: The split.
+        columns: Keys that name the other columns.
+
+    Raises:
+        ValueError: There is no such split or column, or no image in it; names the key.
+    """
+    if config.streaming:
+        raise ValueError(
+            "multimodal.streaming = true: models of images read them in any order, which a "
+            "stream does not have; set it to false."
+        )
+    data = open_split(config, split, key == "multimodal.train_split")
+    assert isinstance(data, datasets.Dataset)  # since it is not streamed
+    wanted = [_find_column(config, name, data.column_names) for name in ("image_column", *columns)]
+    column = config.image_column
+    feature = data.features[column]
+    if not _holds_images(feature):
+        raise ValueError(
+            f'multimodal.image_column = "{column}": holds {describe_feature(feature)}; it must '
+            "hold images, their bytes or their paths."
+        )
+    kept = cast(datasets.Dataset, data.select_columns(wanted))
+    if isinstance(feature, datasets.Image):
+        return kept.cast_column(column, datasets.Image(decode=False))
+    return kept
+
+
+def _find_column(config: Multimodal, key: str, names: Sequence[str]) -> str:
+    column = getattr(config, key)
+    if column not in names:
+        raise ValueError(
+            f'multimodal.{key} = "{column}": "{config.path}" has no such column; '
+            f"its columns are {', '.join(names)}."
+        )
+    return column
+
+
 def _holds_images(feature: Any) -> bool:
     if isinstance(feature, datasets.Value):
-        return feature.dtype in _STRINGS + _BYTES
+        return feature.dtype in STRINGS + _BYTES
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def _describe(feature: Any) -> str:
+def describe_feature(feature: Any) -> str:
+    """Say what a column holds, for messages."""
     return getattr(feature, "dtype", None) or str(feature)

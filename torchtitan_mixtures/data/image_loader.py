@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from torchtitan_mixtures.data.image_batches import (
     BrokenImageCounter,
     CollatedDraws,
     Collator,
+    EndlessImages,
+    ImagePass,
     TrainingImages,
     ValidationImages,
 )
@@ -26,7 +29,6 @@ from torchtitan_mixtures.data.image_sets import ImageSet
 from torchtitan_mixtures.data.loader import multimodal_section, worker_options
 from torchtitan_mixtures.data.sequences import Batch
 from torchtitan_mixtures.data.shards import Share, check_fingerprint
-from torchtitan_mixtures.job_config import Multimodal
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import MixtureJobConfig
@@ -59,7 +61,7 @@ class ImageDataLoader(BaseDataLoader):
 
     def __init__(
         self,
-        dataset: TrainingImages,
+        dataset: EndlessImages,
         counter: BrokenImageCounter,
         fingerprint: dict[str, Any],
         **options: Any,
@@ -71,7 +73,7 @@ class ImageDataLoader(BaseDataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         """Continue after the last batch that was handed out, or from the loaded state."""
-        data, size = self._dataset, len(self._dataset.images)
+        data, size = self._dataset, self._dataset.samples_of_epoch
         for batch in _make_loader(data, self._options):
             self._counter.add(batch)
             if (batch.labels == IGNORE_INDEX).any():
@@ -110,17 +112,15 @@ class ImageValidationLoader:
 
     Args:
         dataset: The batches of this rank.
-        config: The `[multimodal]` section.
-        split: Name of the split.
+        make_counter: Makes what counts the images of a pass.
         **options: Options of `DataLoader` about worker processes.
     """
 
     def __init__(
-        self, dataset: ValidationImages, config: Multimodal, split: str, **options: Any
+        self, dataset: ImagePass, make_counter: Callable[[], BrokenImageCounter], **options: Any
     ) -> None:
         self._dataset = dataset
-        self._config = config
-        self._split = split
+        self._make_counter = make_counter
         self._loader = _make_loader(dataset, options)
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ class ImageValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Begin a pass."""
-        counter = BrokenImageCounter(self._config, self._split, self._dataset.num_images)
+        counter = self._make_counter()
         for batch in self._loader:
             counter.add(batch)
             yield batch.input_dict, batch.labels
@@ -193,10 +193,10 @@ def build_image_validation_dataloader(
     images = open_images(job_config, "multimodal.validation_splits", split)
     collator = _collator(job_config, images, settings.local_batch_size)
     rank = Share(dp_rank, dp_world_size)
+    dataset = ValidationImages(images, rank, collator, settings.steps)
     return ImageValidationLoader(
-        ValidationImages(images, rank, collator, settings.steps),
-        config,
-        split,
+        dataset,
+        partial(BrokenImageCounter, config, split, dataset.num_images),
         **worker_options(job_config, "validation"),
     )
 
@@ -218,7 +218,7 @@ def _model_args(job_config: JobConfig) -> Any:
 
 
 def _make_loader(
-    dataset: TrainingImages | ValidationImages, options: dict[str, Any]
+    dataset: EndlessImages | ImagePass, options: dict[str, Any]
 ) -> DataLoader[CollatedDraws]:
     options = dict(options)
     options["pin_memory"] = options["pin_memory"] and torch.accelerator.is_available()

@@ -6,6 +6,10 @@ variance: `mean` and `std`, `(images, channels, size, size)` in float32 or float
 mirrored pictures `mean_flipped` and `std_flipped` if they were asked for. Training draws new
 latents from them each time, as with a VAE at hand.
 
+Latents of images with captions have no `labels` but `captions` `(bytes,)` uint8, a JSON list of
+strings for each image one after the other, and `caption_ends` `(images,)` int64, where each ends.
+They may be of several shapes (`aspect_ratios.py`), but a shard holds one.
+
 `latents.json` is written last, so a folder that has one is complete. It says what the latents are,
 and for every split which shards there are, with their images and bytes.
 """
@@ -24,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchtitan_mixtures.data.aspect_ratios import Bucket
 from torchtitan_mixtures.data.image_files import Crop
 from torchtitan_mixtures.data.image_sets import ClassImage
 
@@ -42,6 +47,7 @@ class LatentShard:
     file: str
     images: int
     bytes: int
+    bucket: int = 0  # number of the shape of its images
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,24 @@ class LatentIndex:
     is_flipped: bool  # mirrored pictures are encoded as well
     class_names: tuple[str, ...]
     splits: dict[str, tuple[LatentShard, ...]]
+    is_captioned: bool = False  # captions instead of classes
+    buckets: tuple[Bucket, ...] = ()  # shapes of captioned ones; none = square
+
+    def shape_of(self, bucket: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a shape."""
+        if not self.buckets:
+            return self.channels, self.size, self.size
+        return self.channels, self.buckets[bucket].height, self.buckets[bucket].width
 
     def write(self, folder: Path) -> None:
         """Write `latents.json`, whole or not at all."""
-        write_json(folder / INDEX, {"format_version": FORMAT_VERSION, **asdict(self)})
+        entries = asdict(self)
+        if not self.is_captioned:  # as it was before there were captions
+            del entries["is_captioned"], entries["buckets"]
+            for shards in entries["splits"].values():
+                for shard in shards:
+                    del shard["bucket"]
+        write_json(folder / INDEX, {"format_version": FORMAT_VERSION, **entries})
 
     @staticmethod
     def read(folder: Path) -> LatentIndex:
@@ -84,6 +104,7 @@ class LatentIndex:
                 split: tuple(LatentShard(**shard) for shard in shards)
                 for split, shards in entries["splits"].items()
             }
+            entries["buckets"] = tuple(Bucket(**entry) for entry in entries.get("buckets", ()))
             index = LatentIndex(**entries)
         except (KeyError, TypeError, AttributeError) as error:
             raise _file_error(path, f"corrupt ({error!r})") from None
@@ -123,23 +144,22 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-class LatentImages:
+class Latents:
     """The latents of a split, read from memory-mapped files.
 
     Args:
         folder: Has a `latents.json`.
         split: One of its splits.
+
     Raises:
         ValueError: A file is missing or corrupt; names it.
     """
 
     has_std = True
-    max_labels = 1
 
     def __init__(self, folder: Path, split: str) -> None:
         self._folder = folder
         self._index = LatentIndex.read(folder)
-        self.shape = (self._index.channels, self._index.size, self._index.size)
         self._shards = self._index.splits[split]
         self._starts = np.array([0, *accumulate(shard.images for shard in self._shards)])
         self._open: dict[int, _ShardReader] = {}
@@ -153,22 +173,16 @@ class LatentImages:
         return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
-        """See `ImageSet.__len__`."""
+        """Count the images."""
         return int(self._starts[-1])
 
-    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
-        """See `ImageSet.read`."""
-        assert crop is None
-        number, row = self._find(index)
-        return self._reader(number).read(row, is_flipped)
-
     def key(self, index: int) -> str:
-        """See `ImageSet.key`."""
+        """What finds an image again, for messages."""
         number, row = self._find(index)
         return f"{self._folder / self._shards[number].file}[{row}]"
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `ImageSet.fingerprint`."""
+        """What tells these latents from others."""
         shards = [(shard.file, shard.images, shard.bytes) for shard in self._shards]
         content = json.dumps([self._index.class_names, shards]).encode()
         return {
@@ -184,20 +198,70 @@ class LatentImages:
 
     def _reader(self, number: int) -> _ShardReader:
         if number not in self._open:
-            path = self._folder / self._shards[number].file
-            self._open[number] = _ShardReader(path, self._index, self._shards[number].images)
+            shard = self._shards[number]
+            self._open[number] = _ShardReader(self._folder / shard.file, self._index, shard)
         return self._open[number]
+
+
+class LatentImages(Latents):
+    """The latents of a split, with their classes; see `Latents`."""
+
+    max_labels = 1
+
+    def __init__(self, folder: Path, split: str) -> None:
+        super().__init__(folder, split)
+        self.shape = self._index.shape_of(0)
+
+    def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
+        """See `ImageSet.read`."""
+        assert crop is None
+        number, row = self._find(index)
+        reader = self._reader(number)
+        mean, std = reader.read(row, is_flipped)
+        return ClassImage(mean, reader.labels[row], std)
+
+
+class CaptionedLatents(Latents):
+    """The latents of a split, with their captions; see `Latents`.
+
+    Attributes:
+        shapes: Channels, height and width of each shape.
+        buckets: Number of the shape of each image, `(images,)` int64.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        super().__init__(folder, split)
+        numbers = range(max(1, len(self._index.buckets)))
+        self.shapes = tuple(self._index.shape_of(number) for number in numbers)
+        of_shards = np.array([shard.bucket for shard in self._shards], np.int64)
+        self.buckets = np.repeat(of_shards, [shard.images for shard in self._shards])
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of an image."""
+        number, row = self._find(index)
+        return self._reader(number).captions(row)
+
+    def moments(self, index: int, is_flipped: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of an image's latents, `(channels, height, width)`."""
+        number, row = self._find(index)
+        return self._reader(number).read(row, is_flipped)
 
 
 class _ShardReader:
     """One open shard; only what is read of it is brought into memory."""
 
-    def __init__(self, path: Path, index: LatentIndex, images: int) -> None:
-        size = index.size
+    def __init__(self, path: Path, index: LatentIndex, shard: LatentShard) -> None:
         kinds = ("", "_flipped") if index.is_flipped else ("",)
+        self.labels: list[int] = []
+        self._caption_ends: list[int] = []
+        self._path = path
         try:
             file = safe_open(path, framework="pt")
-            self._labels = file.get_tensor("labels").tolist()
+            if index.is_captioned:
+                self._caption_ends = file.get_tensor("caption_ends").tolist()
+                self._captions = file.get_slice("captions")
+            else:
+                self.labels = file.get_tensor("labels").tolist()
             self._slices = {
                 name + kind: file.get_slice(name + kind)
                 for kind in kinds
@@ -206,17 +270,24 @@ class _ShardReader:
             shapes = {tuple(part.get_shape()) for part in self._slices.values()}
         except (OSError, SafetensorError) as error:
             raise _file_error(path, f"corrupt ({error})") from error
-        if shapes != {(images, index.channels, size, size)} or len(self._labels) != images:
+        num_named = len(self._caption_ends if index.is_captioned else self.labels)
+        if shapes != {(shard.images, *index.shape_of(shard.bucket))} or num_named != shard.images:
             raise _file_error(path, f"not as {INDEX} says (tensors of shape {sorted(shapes)})")
-        if any(not 0 <= label < len(index.class_names) for label in self._labels):
+        if any(not 0 <= label < len(index.class_names) for label in self.labels):
             raise _file_error(
                 path, f"corrupt (a label is not in 0 to {len(index.class_names) - 1})"
             )
 
-    def read(self, row: int, is_flipped: bool) -> ClassImage:
+    def captions(self, row: int) -> list[str]:
+        start = self._caption_ends[row - 1] if row else 0
+        try:
+            return json.loads(bytes(self._captions[start : self._caption_ends[row]].tolist()))
+        except ValueError as error:
+            raise _file_error(self._path, f"corrupt (captions of row {row}: {error})") from None
+
+    def read(self, row: int, is_flipped: bool) -> tuple[Tensor, Tensor]:
         kind = "_flipped" if is_flipped else ""
-        mean, std = (self._row(name + kind, row) for name in ("mean", "std"))
-        return ClassImage(mean, self._labels[row], std)
+        return self._row("mean" + kind, row), self._row("std" + kind, row)
 
     def _row(self, name: str, row: int) -> Tensor:
         return self._slices[name][row : row + 1][0].to(torch.float32)

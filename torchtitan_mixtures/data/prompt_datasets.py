@@ -1,0 +1,171 @@
+"""Images with captions out of anything that `datasets.load_dataset` opens and that has an index."""
+
+from __future__ import annotations
+
+import io
+import random
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from torchtitan.tools.logging import logger
+
+from torchtitan_mixtures.data.aspect_ratios import Bucket, crop_to_cover, nearest_bucket
+from torchtitan_mixtures.data.image_datasets import (
+    STRINGS,
+    PictureRows,
+    describe_feature,
+    open_columns,
+)
+from torchtitan_mixtures.data.image_sets import to_tensor
+from torchtitan_mixtures.data.prompt_sets import PromptedImage, draw_caption, usable_captions
+from torchtitan_mixtures.data.prompt_texts import Prompter
+from torchtitan_mixtures.job_config import Multimodal
+
+_MANY = 50_000
+"""Pictures whose sizes take so long to read that it is worth a message."""
+
+
+def open_captioned(config: Multimodal, key: str, split: str) -> datasets.Dataset:
+    """Open a split; only its images, not decoded, and captions.
+
+    Args:
+        config: The `[multimodal]` section.
+        key: The key that names the split, for messages.
+        split: The split.
+
+    Raises:
+        ValueError: There is no such split or column, or no images or no texts in it; names the key.
+    """
+    data = open_columns(config, key, split, "caption_column")
+    feature = data.features[config.caption_column]
+    is_list = isinstance(feature, (datasets.List, datasets.LargeList))
+    item = feature.feature if is_list else feature
+    if not isinstance(item, datasets.Value) or item.dtype not in STRINGS:
+        raise ValueError(
+            f'multimodal.caption_column = "{config.caption_column}": holds '
+            f"{describe_feature(feature)}; it must hold strings, or lists of them."
+        )
+    if not len(data):
+        raise ValueError(f'{key}: split "{split}" of "{config.path}" is empty.')
+    return data
+
+
+class CaptionedPictures:
+    """The pictures of a split of a data set, cropped, and their captions.
+
+    Args:
+        config: The `[multimodal]` section.
+        key: The key that names the split, for messages.
+        split: The split.
+        buckets: Shapes that pictures are cropped to, in pixels: each to the nearest.
+
+    Attributes:
+        shapes: `(3, height, width)` by the number of the shape.
+        buckets: Number of the shape of each picture, `(pictures,)` int64.
+    """
+
+    def __init__(self, config: Multimodal, key: str, split: str, buckets: Sequence[Bucket]) -> None:
+        self._rows = PictureRows(open_captioned(config, key, split), config, split)
+        self._config = config
+        self.shapes = tuple((3, bucket.height, bucket.width) for bucket in buckets)
+        self.buckets = np.zeros(len(self), np.int64)
+        if len(buckets) > 1:
+            self.buckets = nearest_bucket(buckets, *self._read_sizes())
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+        return len(self._rows)
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a picture that say anything, in order."""
+        return usable_captions(self._rows.data[index][self._config.caption_column])
+
+    def read(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Read a picture, `(height, width, 3)` uint8, and its captions.
+
+        Raises:
+            BrokenImageError: The picture cannot be read.
+        """
+        row = self._rows.data[index]
+        _, height, width = self.shapes[self.buckets[index]]
+        pixels = crop_to_cover(self._rows.open_picture(row), height, width)
+        return pixels, usable_captions(row[self._config.caption_column])
+
+    def key(self, index: int) -> str:
+        """What finds the picture again, for messages."""
+        return self._rows.key(index)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these pictures from others."""
+        keys = ("name", "data_files", "image_column", "caption_column")
+        values = {f"multimodal.{key}": getattr(self._config, key) for key in keys}
+        return {**values, "images of the split": len(self)}
+
+    def _read_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Heights and widths of all pictures, from the headers of their files alone."""
+        if len(self) >= _MANY:
+            logger.info(f"Reading the sizes of {len(self)} pictures of {self._config.path}")
+        pictures: Any = self._rows.data.select_columns([self._config.image_column])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of absurd sizes, which reading the picture refuses
+            sizes = [_read_size(self._rows.find_file(row)) for row in pictures]
+        heights, widths = np.array(sizes, np.int64).T
+        return heights, widths
+
+
+class PromptedPictures:
+    """Pictures of a split of a data set, prompted by their captions; see `CaptionedPictures`.
+
+    Args:
+        pictures: The pictures.
+        prompter: Makes the prompts.
+    """
+
+    has_std = False
+
+    def __init__(self, pictures: CaptionedPictures, prompter: Prompter) -> None:
+        self._pictures = pictures
+        self.shapes = pictures.shapes
+        self.buckets = pictures.buckets
+        self.prompter = prompter
+
+    def __len__(self) -> int:
+        """See `PromptedSet.__len__`."""
+        return len(self._pictures)
+
+    def read(self, index: int, rng: random.Random, is_flipped: bool = False) -> PromptedImage:
+        """See `PromptedSet.read`."""
+        pixels, captions = self._pictures.read(index)
+        caption = draw_caption(captions, index, rng)
+        tensors, num_truncated = self.prompter.make(caption)
+        image = to_tensor(pixels)
+        image = image.flip(-1) if is_flipped else image
+        return PromptedImage(image, None, tensors, caption.text, num_truncated)
+
+    def key(self, index: int) -> str:
+        """See `PromptedSet.key`."""
+        return self._pictures.key(index)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `PromptedSet.fingerprint`."""
+        return self._pictures.fingerprint()
+
+
+def _read_size(value: Any) -> tuple[int, int]:
+    """Height and width of a picture; of one that cannot be read a square's."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
+            width, height = picture.size
+            # Of a PNG without such data, asking for it would decode the picture.
+            has_data = picture.format != "PNG" or "exif" in picture.info
+            turned = has_data and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # whatever Pillow raises of broken files; reading it says what is wrong
+        return 1, 1
+    return (width, height) if turned else (height, width)
