@@ -143,15 +143,21 @@ class HyperConnection(Connection):
             `(streams,)`; the last two are for `combine`.
         """
         coefficients = self.coefficients(state)
-        mixed = _mix(coefficients[..., :-1], state)
-        return mixed[:, :, 0], mixed[:, :, 1:], coefficients[..., -1]
+        # Not slices: the gradient of each would be as large as all of it.
+        mixing, beta = coefficients.split([self.num_streams + 1, 1], dim=-1)
+        read, carried = _mix(mixing, state).split([1, self.num_streams], dim=2)
+        return read.squeeze(2), carried, beta.squeeze(-1)
 
     @staticmethod
     def combine(carried: Tensor, beta: Tensor, out: Tensor) -> Tensor:
         """Add what a branch puts out, `(batch, seq, dim)`, to the streams."""
-        return torch.addcmul(carried, beta.to(out.dtype).unsqueeze(-1), out.unsqueeze(2))
+        shares = beta.to(out.dtype).expand(carried.shape[:3]).flatten(0, 1).unsqueeze(2)
+        state = torch.baddbmm(carried.flatten(0, 1), shares, out.flatten(0, 1).unsqueeze(1))
+        return state.unflatten(0, carried.shape[:2])
 
 
 def _mix(coefficients: Tensor, state: Tensor) -> Tensor:
     """Weighted sums of the streams, one per column, `(batch, seq, columns, dim)`."""
-    return coefficients.to(state.dtype).mT @ state
+    batch, seq, streams, _ = state.shape
+    mixing = coefficients.to(state.dtype).expand(batch, seq, streams, -1).flatten(0, 1)
+    return torch.bmm(mixing.mT, state.flatten(0, 1)).unflatten(0, (batch, seq))
