@@ -1,0 +1,89 @@
+"""Tiny text encoders with random weights, saved by `transformers` as users have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+CLIP_WINDOW = 11
+WORDS = "a red green blue fox apple bell above under two".split()
+
+
+def save_clip(folder: Path, kind: str = "CLIPTextModelWithProjection", seed: int = 0) -> Path:
+    """A CLIP of hidden size 32, projected to 24 if `kind` says so; `CLIPModel` has both halves."""
+    tokenizer = _clip_tokenizer()
+    tokenizer.save_pretrained(folder)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        projection_dim=24,
+        max_position_embeddings=CLIP_WINDOW,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config: Any = text
+    if kind == "CLIPModel":
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+        # The half's own width of the projection is not the one that counts.
+        halves = {"text_config": {**text.to_dict(), "projection_dim": 7}, "vision_config": vision}
+        config = transformers.CLIPConfig(**halves, projection_dim=24)
+    _save(getattr(transformers, kind), config, folder, seed)
+    return folder
+
+
+def save_t5(folder: Path, kind: str = "T5", window: int | None = 9, seed: int = 0) -> Path:
+    """A T5 of width 48 with its decoder; `kind` may be MT5 or UMT5."""
+    tokenizer = _word_tokenizer(window)
+    tokenizer.save_pretrained(folder)
+    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer) + 3, decoder_start_token_id=0, **sizes
+    )
+    _save(getattr(transformers, f"{kind}ForConditionalGeneration"), config, folder, seed)
+    return folder
+
+
+def _save(kind: Any, config: Any, folder: Path, seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config)
+        for parameter in model.parameters():  # what starts as a constant would hide mistakes
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        transformers.utils.logging.disable_progress_bar()
+        model.save_pretrained(folder)
+        transformers.utils.logging.enable_progress_bar()
+
+
+def _clip_tokenizer() -> transformers.CLIPTokenizer:
+    """Letters, and the words "fox" and "red"."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    merges = [("f", "o"), ("fo", "x</w>"), ("r", "e"), ("re", "d</w>")]
+    pieces = letters + [f"{letter}</w>" for letter in letters] + ["".join(m) for m in merges]
+    vocab = {piece: n for n, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_WINDOW)
+
+
+def _word_tokenizer(window: int | None) -> transformers.PreTrainedTokenizerFast:
+    pieces = ["<pad>", "</s>", "<unk>", *WORDS]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer: Any = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    limit = {} if window is None else {"model_max_length": window}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **limit,
+    )
