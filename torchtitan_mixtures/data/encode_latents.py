@@ -1,4 +1,6 @@
-"""Encodes a folder of images into latents, once, so that training needs no VAE.
+"""Encodes images into latents, once, so that training needs no VAE.
+
+Images are those of a folder with one folder for each class, or a data set's that has captions.
 
 The result is described in `latents.py`. Shards are written whole or not at all, and those that are
 there are kept: a run that ended early goes on where it was. Images that cannot be read are left out
@@ -11,18 +13,29 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from torchtitan_mixtures.data.encode_sources import (
+    CaptionedImage,
+    EncodableImages,
+    Encoding,
+    Sources,
+    describe,
+    open_captioned,
+    open_folders,
+)
+from torchtitan_mixtures.data.image_batches import split_evenly
 from torchtitan_mixtures.data.image_files import BrokenImageError
-from torchtitan_mixtures.data.image_sets import ClassFolders, ClassImage, FolderImages
+from torchtitan_mixtures.data.image_sets import ClassImage
 from torchtitan_mixtures.data.latents import (
     FORMAT_VERSION,
     INDEX,
@@ -33,46 +46,8 @@ from torchtitan_mixtures.data.latents import (
 )
 from torchtitan_mixtures.data.vae import Vae, load_vae, read_vae_config
 
-SHARD_BYTES = 1 << 28
-"""About how large shards are; one is in memory while it is made."""
-
 _BROKEN = "broken"
 """Key of a shard's metadata: the images left out of it, as a JSON list."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is to be encoded, and how."""
-
-    path: str
-    """Folder of images, see `ClassFolders`; all its splits are encoded."""
-
-    vae: str
-    """Local folder of the VAE."""
-
-    out: Path
-    """Folder to write."""
-
-    size: int = 256
-    """Height and width of the pictures, of which latents have a fraction."""
-
-    flip: bool = False
-    """Encode mirrored pictures as well, for `multimodal.random_flip`."""
-
-    half: bool = False
-    """Store float16: half the size, and an error far below the posterior's deviation."""
-
-    max_bad_fraction: float = 0.01
-    """Share of broken images above which encoding stops."""
-
-    batch_size: int = 32
-    """Pictures that the VAE encodes at a time."""
-
-    num_workers: int = 0
-    """Processes that decode files."""
-
-    shard_bytes: int = SHARD_BYTES
-    """About how large shards are."""
 
 
 def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
@@ -99,10 +74,10 @@ def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
         if getattr(encoding, name) < 1:
             key = name.replace("_", "-")
             raise ValueError(f"--{key} {getattr(encoding, name)}: must be at least 1.")
-    folders = ClassFolders(encoding.path, key="--path")
-    for split in folders.splits:
-        folders.check_split("--path", split)
-    splits = {split: FolderImages(folders, split, encoding.size) for split in folders.splits}
+    if encoding.caption_column:
+        sources = open_captioned(encoding, config.factor)
+    else:
+        sources = open_folders(encoding)
     size = encoding.size // config.factor
     moments = 4 if encoding.flip else 2
     image_bytes = config.channels * size**2 * moments * (2 if encoding.half else 4)
@@ -117,16 +92,15 @@ def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
         "dtype": "float16" if encoding.half else "float32",
         "is_flipped": encoding.flip,
     }
-    names = {split: images.fingerprint() for split, images in splits.items()}
-    classes = list(folders.class_names)
-    _begin(encoding.out, {**about, "images in a shard": per_shard, "classes": classes}, names)
+    names = {split: images.fingerprint() for split, images in sources.splits.items()}
+    _begin(encoding.out, {**about, "images in a shard": per_shard, **sources.plan}, names)
     if (encoding.out / INDEX).is_file():
         report(f"{encoding.out} is complete already")
         return LatentIndex.read(encoding.out)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     encoder = _Encoder(encoding, load_vae(encoding.vae, device), device, report)
-    shards = {split: encoder.encode_split(split, splits[split], per_shard) for split in splits}
-    index = LatentIndex(**about, class_names=folders.class_names, splits=shards)
+    shards = {split: encoder.encode_split(split, sources, per_shard) for split in sources.splits}
+    index = LatentIndex(**about, splits=shards, **sources.index)
     index.write(encoding.out)
     return index
 
@@ -140,73 +114,84 @@ class _Encoder:
         self._encoding = encoding
         self._vae = vae
         self._device = device
+        self._dtype = torch.float16 if encoding.half else torch.float32
         self._report = report
         self._num_seen = 0
         self._broken: list[str] = []
         self._next_report = time.monotonic()
 
-    def encode_split(
-        self, split: str, images: FolderImages, per_shard: int
-    ) -> tuple[LatentShard, ...]:
+    def encode_split(self, split: str, sources: Sources, per_shard: int) -> tuple[LatentShard, ...]:
         """Encode what is not encoded yet, and list all shards of the split."""
-        shards = []
-        for start in range(0, len(images), per_shard):
-            numbers = range(start, min(start + per_shard, len(images)))
+        images, buckets = sources.splits[split], sources.buckets[split]
+        parts = [
+            _Part(split, bucket, shape, numbers)
+            for bucket, shape in enumerate(sources.shapes)
+            for numbers in split_evenly(np.flatnonzero(buckets == bucket), per_shard)
+        ]
+        shards, num_done = [], 0
+        for part in parts:
             path = self._encoding.out / f"{split}-{len(shards):05d}.safetensors"
             if not path.is_file():
-                self._write_shard(path, split, images, numbers)
+                self._write_shard(path, images, part, num_done)
             num_images, broken = _read_shard(path)
-            self._num_seen += len(numbers)
+            num_done += len(part.numbers)
+            self._num_seen += len(part.numbers)
             self._broken += broken
-            self._judge(is_end=numbers.stop == len(images))
-            shards.append(LatentShard(path.name, num_images, path.stat().st_size))
+            self._judge(is_end=num_done == len(images))
+            shards.append(LatentShard(path.name, num_images, path.stat().st_size, part.bucket))
         return tuple(shards)
 
-    def _write_shard(self, path: Path, split: str, images: FolderImages, numbers: range) -> None:
+    def _write_shard(self, path: Path, images: EncodableImages, part: _Part, num_done: int) -> None:
         loader = DataLoader(
-            _Pictures(images, numbers),
+            _Pictures(images, part.numbers),
             self._encoding.batch_size,
             num_workers=self._encoding.num_workers,
             collate_fn=list,
         )
-        parts: list[dict[str, Tensor]] = []
+        batches: list[dict[str, Tensor]] = []
         broken: list[str] = []
-        done = numbers.start
         for batch in loader:
             broken += [item for item in batch if isinstance(item, str)]
-            read = [item for item in batch if isinstance(item, ClassImage)]
+            read = [item for item in batch if not isinstance(item, str)]
             if read:
-                parts.append(self._moments(read))
-            done += len(batch)
-            if time.monotonic() >= self._next_report or done == len(images):
-                self._report(f"{split}: {done} of {len(images)} images")
+                batches.append(self._encode_batch(read))
+            num_done += len(batch)
+            if time.monotonic() >= self._next_report or num_done == len(images):
+                self._report(f"{part.split}: {num_done} of {len(images)} images")
                 self._next_report = time.monotonic() + 10
         for name in broken:
             self._report(f"broken image left out: {name}")
-        if not parts:
-            raise ValueError(f"{len(numbers)} images in a row are broken, the last: {broken[-1]}")
-        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        batches = batches or [self._encode_nothing(part.shape)]
+        tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
         temporary = path.with_name(path.name + ".tmp")
         # Not `save_file`, whose files nobody else may read.
         temporary.write_bytes(save(tensors, metadata={_BROKEN: json.dumps(broken)}))
         temporary.replace(path)
 
-    def _moments(self, read: list[ClassImage]) -> dict[str, Tensor]:
+    def _encode_batch(self, read: list[Any]) -> dict[str, Tensor]:
         """The tensors of a shard for some images."""
         pixels = torch.stack([item.image for item in read]).to(self._device)
-        dtype = torch.float16 if self._encoding.half else torch.float32
         tensors = dict(zip(("mean", "std"), self._vae.moments(pixels), strict=True))
         if self._encoding.flip:
             flipped = self._vae.moments(pixels.flip(-1))
             tensors |= dict(zip(("mean_flipped", "std_flipped"), flipped, strict=True))
-        tensors = {key: part.to("cpu", dtype).contiguous() for key, part in tensors.items()}
+        tensors = {key: part.to("cpu", self._dtype).contiguous() for key, part in tensors.items()}
         if not all(part.isfinite().all() for part in tensors.values()):
             remedy = "encode without --half, or use" if self._encoding.half else "use"
             raise ValueError(
                 f"--vae {self._encoding.vae}: returns latents that are not finite numbers; "
                 f"{remedy} another VAE."
             )
-        return {**tensors, "labels": torch.tensor([item.label for item in read])}
+        return {**tensors, **describe(read, bool(self._encoding.caption_column))}
+
+    def _encode_nothing(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of a shard of whose images, `shape` each, none can be read."""
+        sides = [side // self._vae.factor for side in shape]
+        names = ("mean", "std", "mean_flipped", "std_flipped")[: 4 if self._encoding.flip else 2]
+        tensors = {
+            name: torch.zeros(0, self._vae.channels, *sides, dtype=self._dtype) for name in names
+        }
+        return {**tensors, **describe([], bool(self._encoding.caption_column))}
 
     def _judge(self, is_end: bool) -> None:
         """Stop if too many images are broken, once there are enough of them to tell."""
@@ -219,18 +204,27 @@ class _Encoder:
             )
 
 
+class _Part(NamedTuple):
+    """What becomes one shard: images of a split, all of one shape."""
+
+    split: str
+    bucket: int
+    shape: tuple[int, int]
+    numbers: NDArray[np.int64]
+
+
 class _Pictures(Dataset):
     """Some images of a split; in place of a broken one what is wrong with it."""
 
-    def __init__(self, images: FolderImages, numbers: range) -> None:
+    def __init__(self, images: EncodableImages, numbers: NDArray[np.int64]) -> None:
         self._images = images
         self._numbers = numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: int) -> ClassImage | str:
-        number = self._numbers[index]
+    def __getitem__(self, index: int) -> ClassImage | CaptionedImage | str:
+        number = int(self._numbers[index])
         try:
             return self._images.read(number)
         except BrokenImageError as error:
@@ -276,7 +270,7 @@ def _read_shard(path: Path) -> tuple[int, list[str]]:
     """Count the images of a finished shard and list those left out of it."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_slice("labels").get_shape()[0], json.loads(file.metadata()[_BROKEN])
+            return file.get_slice("mean").get_shape()[0], json.loads(file.metadata()[_BROKEN])
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: corrupt ({error}); delete it and run again.") from error
 

@@ -7,8 +7,9 @@ mirrored pictures `mean_flipped` and `std_flipped` if they were asked for. Train
 latents from them each time, as with a VAE at hand.
 
 Latents of images with captions have no `labels` but `captions` `(bytes,)` uint8, a JSON list of
-strings for each image one after the other, and `caption_ends` `(images,)` int64, where each ends.
-They may be of several shapes (`aspect_ratios.py`), but a shard holds one.
+strings for each image one after the other, `caption_lengths` `(images,)` int64, the bytes of each,
+and `rows` `(images,)` int64, which rows of the data set the images were. They may be of several
+shapes (`aspect_ratios.py`), but a shard holds one.
 
 `latents.json` is written last, so a folder that has one is complete. It says what the latents are,
 and for every split which shards there are, with their images and bytes.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,13 @@ class LatentIndex:
     is_flipped: bool  # mirrored pictures are encoded as well
     class_names: tuple[str, ...]
     splits: dict[str, tuple[LatentShard, ...]]
-    is_captioned: bool = False  # captions instead of classes
+    captions_sha256: dict[str, str] = field(default_factory=dict)  # of splits; if there are any
     buckets: tuple[Bucket, ...] = ()  # shapes of captioned ones; none = square
+
+    @property
+    def is_captioned(self) -> bool:
+        """Whether images have captions instead of classes."""
+        return bool(self.captions_sha256)
 
     def shape_of(self, bucket: int) -> tuple[int, int, int]:
         """Channels, height and width of the latents of a shape."""
@@ -77,7 +83,7 @@ class LatentIndex:
         """Write `latents.json`, whole or not at all."""
         entries = asdict(self)
         if not self.is_captioned:  # as it was before there were captions
-            del entries["is_captioned"], entries["buckets"]
+            del entries["captions_sha256"], entries["buckets"]
             for shards in entries["splits"].values():
                 for shard in shards:
                     del shard["bucket"]
@@ -227,10 +233,14 @@ class CaptionedLatents(Latents):
     Attributes:
         shapes: Channels, height and width of each shape.
         buckets: Number of the shape of each image, `(images,)` int64.
+        rows: Which row of the split of the data set each image was, `(images,)` int64.
+        captions_sha256: Of all captions of that, see `text_embeddings.digest_captions`.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
         super().__init__(folder, split)
+        self.captions_sha256 = self._index.captions_sha256[split]
+        self.rows = np.concatenate([self._reader(i).rows for i in range(len(self._shards))])
         numbers = range(max(1, len(self._index.buckets)))
         self.shapes = tuple(self._index.shape_of(number) for number in numbers)
         of_shards = np.array([shard.bucket for shard in self._shards], np.int64)
@@ -253,12 +263,14 @@ class _ShardReader:
     def __init__(self, path: Path, index: LatentIndex, shard: LatentShard) -> None:
         kinds = ("", "_flipped") if index.is_flipped else ("",)
         self.labels: list[int] = []
-        self._caption_ends: list[int] = []
+        self.rows = np.zeros(0, np.int64)
+        self._caption_ends = np.zeros(0, np.int64)
         self._path = path
         try:
             file = safe_open(path, framework="pt")
             if index.is_captioned:
-                self._caption_ends = file.get_tensor("caption_ends").tolist()
+                self._caption_ends = file.get_tensor("caption_lengths").cumsum(0).numpy()
+                self.rows = file.get_tensor("rows").numpy()
                 self._captions = file.get_slice("captions")
             else:
                 self.labels = file.get_tensor("labels").tolist()
@@ -279,9 +291,9 @@ class _ShardReader:
             )
 
     def captions(self, row: int) -> list[str]:
-        start = self._caption_ends[row - 1] if row else 0
+        start, stop = int(self._caption_ends[row - 1]) if row else 0, int(self._caption_ends[row])
         try:
-            return json.loads(bytes(self._captions[start : self._caption_ends[row]].tolist()))
+            return json.loads(self._captions[start:stop].numpy().tobytes())
         except ValueError as error:
             raise _file_error(self._path, f"corrupt (captions of row {row}: {error})") from None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import random
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -22,8 +22,9 @@ from torchtitan_mixtures.data.image_datasets import (
     open_columns,
 )
 from torchtitan_mixtures.data.image_sets import to_tensor
-from torchtitan_mixtures.data.prompt_sets import PromptedImage, draw_caption, usable_captions
+from torchtitan_mixtures.data.prompt_sets import PromptedImage, draw_caption
 from torchtitan_mixtures.data.prompt_texts import Prompter
+from torchtitan_mixtures.data.text_embeddings import digest_captions, usable_captions
 from torchtitan_mixtures.job_config import Multimodal
 
 _MANY = 50_000
@@ -81,9 +82,16 @@ class CaptionedPictures:
         """Count the pictures."""
         return len(self._rows)
 
-    def captions(self, index: int) -> list[str]:
-        """All captions of a picture that say anything, in order."""
-        return usable_captions(self._rows.data[index][self._config.caption_column])
+    def list_captions(self) -> Iterator[Any]:
+        """The captions of all pictures, as they are in their column."""
+        column = self._config.caption_column
+        selected = cast(datasets.Dataset, self._rows.data.select_columns([column]))
+        for batch in selected.iter(batch_size=1000):
+            yield from cast(dict[str, Any], batch)[column]
+
+    def hash_captions(self) -> str:
+        """Hash the captions of all pictures; see `digest_captions`."""
+        return digest_captions(self.list_captions())[1]
 
     def read(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Read a picture, `(height, width, 3)` uint8, and its captions.
@@ -129,6 +137,7 @@ class PromptedPictures:
     has_std = False
 
     def __init__(self, pictures: CaptionedPictures, prompter: Prompter) -> None:
+        prompter.check_captions(pictures.hash_captions)
         self._pictures = pictures
         self.shapes = pictures.shapes
         self.buckets = pictures.buckets

@@ -34,7 +34,7 @@ from torchtitan_mixtures.data.prompt_batches import (
     PromptValidation,
 )
 from torchtitan_mixtures.data.prompt_sets import PromptedEmoji, PromptedLatents, PromptedSet
-from torchtitan_mixtures.data.prompt_texts import Prompter, prompt_fingerprint
+from torchtitan_mixtures.data.prompt_texts import Prompter
 from torchtitan_mixtures.data.prompts import prompt_specs
 from torchtitan_mixtures.data.shards import Share
 from torchtitan_mixtures.data.spoken import UNSEEN_VOICE
@@ -214,7 +214,7 @@ def build_prompt_dataloader(
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
     if config.source == "folder":  # which may have moved; names in it say what it is
         del fingerprint["multimodal.path"]
-    fingerprint |= images.fingerprint() | prompt_fingerprint(config, prompt_specs(job_config))
+    fingerprint |= images.fingerprint() | images.prompter.fingerprint()
     if dataset.has_buckets:
         fingerprint["training.global_batch_size"] = global_batch_size
         fingerprint["images of each aspect ratio"] = dataset.bucket_sizes

@@ -160,6 +160,7 @@ class PromptedLatents:
 
     def __init__(self, folder: Path, split: str, prompter: Prompter) -> None:
         self._latents = CaptionedLatents(folder, split)
+        prompter.check_captions(lambda: self._latents.captions_sha256)
         self.prompter = prompter
         self.shapes = self._latents.shapes
         self.buckets = self._latents.buckets
@@ -170,7 +171,8 @@ class PromptedLatents:
 
     def read(self, index: int, rng: random.Random, is_flipped: bool = False) -> PromptedImage:
         """See `PromptedSet.read`."""
-        caption = draw_caption(self._latents.captions(index), index, rng)
+        captions, row = self._latents.captions(index), int(self._latents.rows[index])
+        caption = draw_caption(captions, row, rng)
         tensors, num_truncated = self.prompter.make(caption)
         mean, std = self._latents.moments(index, is_flipped)
         return PromptedImage(mean, std, tensors, caption.text, num_truncated)
@@ -184,14 +186,13 @@ class PromptedLatents:
         return self._latents.fingerprint()
 
 
-def usable_captions(value: Any) -> list[str]:
-    """The captions of an image, out of a string or a list: those that say anything, in order."""
-    candidates = value if isinstance(value, (list, tuple)) else [value]
-    return [text for text in candidates if isinstance(text, str) and text.strip()]
-
-
 def draw_caption(captions: list[str], image: int, rng: random.Random) -> Caption:
     """Draw one of an image's captions.
+
+    Args:
+        captions: All that there are.
+        image: Row of the split of the data set.
+        rng: What decides.
 
     Raises:
         BrokenImageError: It has none.

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ from torch import Tensor
 
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.prompts import PromptTokens, fill_units
+from torchtitan_mixtures.data.text_embeddings import ENCODE_COMMAND, TextEmbeddings
+from torchtitan_mixtures.data.text_encoder_files import EncoderFiles, read_encoder_files
 from torchtitan_mixtures.data.tokenizers import build_text_tokenizer
 
 if TYPE_CHECKING:
@@ -33,16 +35,13 @@ if TYPE_CHECKING:
 TEXT = "prompt_text"
 SPEECH = "prompt_speech"
 
-_TOKENIZER_FILES = (".json", ".txt", ".model")
-"""Of an encoder's folder; small, unlike its weights."""
-
 
 class Caption(NamedTuple):
     """A text, and where it stands.
 
     Attributes:
         text: The caption.
-        image: Number of its image in the split.
+        image: Row of its image in the split of the data set.
         number: Its own number among the image's captions.
     """
 
@@ -67,6 +66,8 @@ class _Texts(Protocol):
         """What stands where there is no sample."""
         ...
 
+    def fingerprint(self) -> dict[str, Any]: ...
+
 
 class Prompter:
     """Makes the prompts of samples.
@@ -78,7 +79,6 @@ class Prompter:
 
     Attributes:
         hears: Whether one of them is spoken.
-        blank: The prompts of a row of a batch that has no sample.
     """
 
     def __init__(self, config: Multimodal, specs: Sequence[PromptSpec], split: str) -> None:
@@ -86,10 +86,33 @@ class Prompter:
         self.hears = "speech" in lengths
         self._speech_length = lengths.get("speech", 0)
         (text,) = (spec for spec in specs if spec.name == "text")
+        self._specs = tuple(specs)
         self._texts = _build_texts(config, text, split)
-        self.blank = self._texts.blank()
+
+    @cached_property
+    def blank(self) -> dict[str, Tensor]:
+        """The prompts of a row of a batch that has no sample."""
+        blank = self._texts.blank()
         if self.hears:
-            self.blank[SPEECH] = fill_units([], self._speech_length)
+            blank[SPEECH] = fill_units([], self._speech_length)
+        return blank
+
+    def check_captions(self, hash_captions: Callable[[], str]) -> None:
+        """Check that embeddings that were made before are those of a split's captions.
+
+        Args:
+            hash_captions: Hashes these as `digest_captions` does; called only if need be.
+
+        Raises:
+            ValueError: They are others'.
+        """
+        if isinstance(self._texts, _EmbeddedTexts):
+            self._texts.check_captions(hash_captions())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What prompts depend on, beside captions."""
+        specs = json.loads(json.dumps([asdict(spec) for spec in self._specs]))
+        return {"prompts": specs, **self._texts.fingerprint()}
 
     def make(self, caption: Caption, units: NDArray[np.int64] | Sequence[int] = ()) -> Prompts:
         """Make the prompts of one sample.
@@ -108,30 +131,6 @@ class Prompter:
         return Prompts(tensors, num_truncated)
 
 
-def prompt_fingerprint(config: Multimodal, specs: Sequence[PromptSpec]) -> dict[str, Any]:
-    """What the prompts of a job depend on, beside its images and captions."""
-    found: dict[str, Any] = {"prompts": json.loads(json.dumps([asdict(spec) for spec in specs]))}
-    if config.text_embeddings:
-        index = Path(config.text_embeddings).expanduser() / "text_embeddings.json"
-        found["hash of the text embeddings"] = _hash_files([index])
-    elif config.text_encoders:
-        folders = [Path(folder).expanduser() for folder in config.text_encoders]
-        found["hashes of the text encoders' tokenizers"] = [
-            _hash_files(p for p in sorted(folder.rglob("*")) if p.suffix in _TOKENIZER_FILES)
-            for folder in folders
-        ]
-    else:
-        found["multimodal.text_tokenizer"] = config.text_tokenizer
-    return found
-
-
-def _hash_files(paths: Any) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
 def _build_texts(config: Multimodal, spec: PromptSpec, split: str) -> _Texts:
     if config.text_embeddings:
         return _EmbeddedTexts(config.text_embeddings, spec, split)
@@ -144,6 +143,7 @@ class _TokenTexts:
     """Tokens for an encoder inside the model."""
 
     def __init__(self, config: Multimodal, spec: PromptSpec) -> None:
+        self._name = config.text_tokenizer
         tokenizer = build_text_tokenizer(config.text_tokenizer)
         self._tokens = PromptTokens(tokenizer, spec.length, config.long_prompts == "refuse")
         self._spec = spec
@@ -156,6 +156,9 @@ class _TokenTexts:
     def blank(self) -> dict[str, Tensor]:
         return {TEXT: torch.full((self._spec.length,), self._spec.null_token)}
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {"multimodal.text_tokenizer": self._name}
+
 
 class _FrozenTexts:
     """Token ids for frozen encoders, which run beside the model."""
@@ -164,37 +167,61 @@ class _FrozenTexts:
         # Imported late: `transformers` takes seconds, and is an extra.
         from torchtitan_mixtures.data.text_encoders import PromptTokenizers
 
-        self._tokenizers = PromptTokenizers(config.text_encoders, config.long_prompts)
+        self._folders = tuple(config.text_encoders)
+        self._tokenizers = PromptTokenizers(self._folders, config.long_prompts)
 
     def make(self, caption: Caption) -> Prompts:
-        before = self._tokenizers.truncated
+        before = sum(self._tokenizers.truncated)
         ids = self._tokenizers.tokenize(caption.text)
-        is_truncated = self._tokenizers.truncated > before  # by one encoder or several
+        is_truncated = sum(self._tokenizers.truncated) > before  # by one encoder or several
         return Prompts({f"{TEXT}_ids_{e}": part for e, part in enumerate(ids)}, is_truncated)
 
     def blank(self) -> dict[str, Tensor]:
         return self.make(Caption("")).tensors
+
+    def fingerprint(self) -> dict[str, Any]:
+        files = [read_encoder_files(folder) for folder in self._folders]
+        return {"hashes of the text encoders' JSON files": [_hash_json(each) for each in files]}
 
 
 class _EmbeddedTexts:
     """Embeddings that were made before."""
 
     def __init__(self, folder: str, spec: PromptSpec, split: str) -> None:
-        from torchtitan_mixtures.data.text_embeddings import TextEmbeddings
-
-        self._embeddings = TextEmbeddings(folder)
+        self._embeddings = TextEmbeddings(folder, split)
+        self._folder = folder
         self._spec = spec
+        self._split = split
 
     def make(self, caption: Caption) -> Prompts:
         row = self._embeddings.row(caption.image, caption.number)
         embeddings, pooled = self._embeddings.read(row)
-        tensors = {TEXT: embeddings.float()}
-        if self._spec.pooled_dim:
-            tensors[f"{TEXT}_pooled"] = pooled.float()
-        return Prompts(tensors, 0)
+        return Prompts(self._name(embeddings, pooled), 0)
 
     def blank(self) -> dict[str, Tensor]:
-        tensors = {TEXT: torch.zeros(self._spec.length, self._spec.dim)}
-        if self._spec.pooled_dim:
-            tensors[f"{TEXT}_pooled"] = torch.zeros(self._spec.pooled_dim)
-        return tensors
+        spec = self._spec
+        return self._name(torch.zeros(spec.length, spec.dim), torch.zeros(spec.pooled_dim))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._embeddings.fingerprint()
+
+    def check_captions(self, sha256: str) -> None:
+        if not sha256.startswith(self._embeddings.fingerprint()["hash of the captions"]):
+            raise ValueError(
+                f'multimodal.text_embeddings = "{self._folder}": embeds other captions than split '
+                f'"{self._split}" has; encode those of multimodal.path into a new folder with '
+                f"`{ENCODE_COMMAND}`, or name the data and the caption_column that were encoded."
+            )
+
+    def _name(self, embeddings: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        pooled_only = {f"{TEXT}_pooled": pooled} if self._spec.pooled_dim else {}
+        return {TEXT: embeddings, **pooled_only}
+
+
+def _hash_json(files: EncoderFiles) -> str:
+    """Hash what decides which tokens an encoder reads, not its weights, which take long."""
+    digest = hashlib.sha256()
+    names = {files.folder / "config.json", *files.tokenizer.glob("*.json")}
+    for path in sorted({*names, *files.tokenizer.glob("*.txt"), *files.tokenizer.glob("*.model")}):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
