@@ -2,7 +2,8 @@
 
 `python scripts/prepare_data.py emoji` rebuilds the embedded corpus, `speech` its spoken names
 alone; `show CONFIG.toml --out page.html` shows the sequences that a configuration trains on;
-`encode-latents --path IMAGES --vae DIR --out LATENTS` encodes a folder of images for training.
+`encode-latents --path IMAGES --vae DIR --out LATENTS` encodes a folder of images for training;
+`encode-text --path DATA --encoders DIR ... --out EMBEDDINGS` embeds the captions of a data set.
 """
 
 import argparse
@@ -134,6 +135,79 @@ def encode_latents(arguments: argparse.Namespace) -> None:
     )
 
 
+def add_encode_text(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `encode-text`."""
+    parser = subcommands.add_parser(
+        "encode-text",
+        help="embed the captions of a data set with frozen encoders, for text_embeddings",
+        description="Embed all captions of splits of a data set with CLIP and T5 encoders, joined "
+        "as in Stable Diffusion 3. A run that was ended goes on where it was if it is repeated.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--path", required=True, help="the data set, as in multimodal.path")
+    parser.add_argument("--name", default="", help="its configuration, as in multimodal.name")
+    parser.add_argument(
+        "--data-files", nargs="+", default=[], help="its files, if --path is a format"
+    )
+    parser.add_argument(
+        "--splits", nargs="+", default=["train"], help="splits to encode (default: train)"
+    )
+    parser.add_argument(
+        "--caption-column",
+        default="caption",
+        help="column of strings or lists of strings (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        required=True,
+        help="local folders of encoders of transformers, in the order they are joined in",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--half",
+        nargs="?",
+        choices=("float16", "bfloat16"),
+        const="float16",
+        default="float32",
+        help="store float16 (or bfloat16) instead of float32",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="captions at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--long-prompts",
+        choices=("truncate", "refuse"),
+        default="truncate",
+        help="what happens to captions longer than an encoder's window (default: %(default)s)",
+    )
+    parser.set_defaults(run=encode_text)
+
+
+def encode_text(arguments: argparse.Namespace) -> None:
+    """Embed the captions."""
+    from torchtitan_mixtures.data.encode_text import TextEncoding, encode
+
+    encoding = TextEncoding(
+        path=arguments.path,
+        encoders=tuple(arguments.encoders),
+        out=arguments.out,
+        name=arguments.name,
+        data_files=tuple(arguments.data_files),
+        splits=tuple(dict.fromkeys(arguments.splits)),
+        caption_column=arguments.caption_column,
+        dtype=arguments.half,
+        long_prompts=arguments.long_prompts,
+        batch_size=arguments.batch_size,
+    )
+    index = encode(encoding, lambda line: print(line, flush=True))
+    captions = sum(split.captions for split in index.splits.values())
+    print(
+        f"{captions} captions as {index.spec.length} x {index.spec.dim} in {arguments.out}; train "
+        f"with --multimodal.text_embeddings {arguments.out}"
+    )
+
+
 def main() -> None:
     """Read the command line and run one subcommand."""
     parser = argparse.ArgumentParser(
@@ -145,6 +219,7 @@ def main() -> None:
     add_speech(subcommands)
     add_show(subcommands)
     add_encode_latents(subcommands)
+    add_encode_text(subcommands)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.overrides and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")

@@ -89,7 +89,7 @@ def naive_t5(folder, texts, window):
     model = transformers.T5EncoderModel.from_pretrained(folder)
     rows = []
     for text in texts:
-        ids = [words[word] for word in text.split()][: window - 1] + [1]
+        ids = [*[words[word] for word in text.split()][: window - 1], 1]
         rows.append(ids + [0] * (window - len(ids)))
     with torch.no_grad():
         return model(torch.tensor(rows)).last_hidden_state

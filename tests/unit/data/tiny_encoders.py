@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 CLIP_WINDOW = 11
-WORDS = "a red green blue fox apple bell above under two".split()
+WORDS = ["a", "red", "green", "blue", "fox", "apple", "bell", "above", "under", "two"]
 
 
 def save_clip(folder: Path, kind: str = "CLIPTextModelWithProjection", seed: int = 0) -> Path:
@@ -65,7 +66,7 @@ def _save(kind: Any, config: Any, folder: Path, seed: int) -> None:
 def _clip_tokenizer() -> transformers.CLIPTokenizer:
     """Letters, and the words "fox" and "red"."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    merges = [("f", "o"), ("fo", "x</w>"), ("r", "e"), ("re", "d</w>")]
+    merges = [("o", "x</w>"), ("f", "ox</w>"), ("e", "d</w>"), ("r", "ed</w>")]
     pieces = letters + [f"{letter}</w>" for letter in letters] + ["".join(m) for m in merges]
     vocab = {piece: n for n, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_WINDOW)
@@ -87,3 +88,20 @@ def _word_tokenizer(window: int | None) -> transformers.PreTrainedTokenizerFast:
         unk_token="<unk>",
         **limit,
     )
+
+
+def save_captions(path: Path, **columns: list[Any]) -> Path:
+    """A data set of captions as `save_to_disk` writes it; one column for each split."""
+    kind = datasets.Value("string")
+    splits = {}
+    for split, captions in columns.items():
+        has_lists = any(isinstance(value, list) for value in captions)
+        feature = datasets.List(kind) if has_lists else kind
+        splits[split] = datasets.Dataset.from_dict(
+            {"caption": captions, "number": list(range(len(captions)))},
+            features=datasets.Features({"caption": feature, "number": datasets.Value("int64")}),
+        )
+    datasets.disable_progress_bars()
+    datasets.DatasetDict(splits).save_to_disk(str(path))
+    datasets.enable_progress_bars()
+    return path
