@@ -13,6 +13,11 @@ Keys of the TOML can follow, as for training: `--model.flavor B/16-cls`.
     python scripts/convert.py export-vit --checkpoint outputs/mone/B --format timm --out DIR
 
 writes what a nested model does with all tokens at one expert as a dense ViT.
+
+    python scripts/convert.py import-sd3 --from FOLDER --config FILE.toml --out DIR
+    python scripts/convert.py export-sd3 --checkpoint outputs/mmdit/d24 --out DIR
+
+do the same for an MMDiT and the transformer of Stable Diffusion 3 of diffusers (safetensors).
 """
 
 import argparse
@@ -22,7 +27,7 @@ from pathlib import Path
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-from torchtitan_mixtures import convert_vit
+from torchtitan_mixtures import convert_sd3, convert_vit
 from torchtitan_mixtures.resize_checkpoint import resize_checkpoint
 from torchtitan_mixtures.train import quiet_the_host
 from torchtitan_mixtures.user_errors import one_message
@@ -37,8 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
     add_resize(commands)
     add_import(commands)
     add_export(commands)
+    add_import_sd3(commands)
+    add_export_sd3(commands)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.run is not import_vit:
+    if overrides and options.run not in (import_vit, import_sd3):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -80,6 +87,27 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add("--format", choices=("huggingface", "timm"), required=True, help="whose names to give")
     add("--expert", type=int, help="from 0, the smallest (default: the largest)")
     parser.set_defaults(run=export_vit)
+
+
+def add_import_sd3(commands: argparse._SubParsersAction) -> None:
+    """Describe `import-sd3`."""
+    parser = commands.add_parser(
+        "import-sd3",
+        help="an MMDiT out of Stable Diffusion 3; keys of the TOML can follow",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--from", type=Path, required=True, dest="source", help="folder of transformer or pipeline")
+    add("--config", required=True, help="TOML of the training that is to begin with it")
+    add("--out", type=Path, required=True, help="a new or empty folder")
+    parser.set_defaults(run=import_sd3)
+
+
+def add_export_sd3(commands: argparse._SubParsersAction) -> None:
+    """Describe `export-sd3`."""
+    parser = commands.add_parser("export-sd3", help="an MMDiT as Stable Diffusion 3 transformer")
+    add_checkpoint(parser)
+    parser.set_defaults(run=export_sd3)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +154,20 @@ def export_vit(options: argparse.Namespace) -> None:
         averaged=not options.no_ema,
     )
     print(f"{options.out}: expert {expert} as a dense ViT; it takes pixels in [-1, 1]")
+
+
+def import_sd3(options: argparse.Namespace) -> None:
+    """Make a checkpoint out of Stable Diffusion 3."""
+    arguments = ["--config", options.config, *options.overrides]
+    convert_sd3.import_sd3(options.source, arguments, options.out)
+    keys = [*options.overrides, "--checkpoint.initial_load_path", str(options.out)]
+    print(f"{options.out}: train with\n  bash scripts/train.sh {options.config} {' '.join(keys)}")
+
+
+def export_sd3(options: argparse.Namespace) -> None:
+    """Write an MMDiT as Stable Diffusion 3."""
+    convert_sd3.export_sd3(options.checkpoint, options.out, averaged=not options.no_ema)
+    print(f"{options.out}: SD3Transformer2DModel.from_pretrained of diffusers loads it")
 
 
 if __name__ == "__main__":
