@@ -43,7 +43,10 @@ _CONFIG_CLASS = {
     "mt5": "MT5Config",
     "umt5": "UMT5Config",
 }  # of the family of tokenizers, where the tokenizer does not say it
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError)
+_LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+    SafetensorError,
+)  # what `from_pretrained` raises of broken files, and of quantized ones
 _LEGACY_END = 2
 """The end token that the first CLIP models name, wrongly: with it `transformers` takes the largest
 id of a text for its end."""
@@ -159,8 +162,9 @@ class FrozenTextEncoders:
             `(batch, length, dim)` and `(batch, pooled_dim)`, float32, on the encoders' device.
         """
         batch = len(ids[0])
-        embeddings = torch.zeros(batch, self.spec.length, self.spec.dim, device=self._device)
-        pooled = torch.zeros(batch, self.spec.pooled_dim, device=self._device)
+        kind = {"dtype": torch.float32, "device": self._device}
+        embeddings = torch.zeros(batch, self.spec.length, self.spec.dim, **kind)
+        pooled = torch.zeros(batch, self.spec.pooled_dim, **kind)
         parts = zip(self._files, self._models, self.spec.spans, ids, strict=True)
         for files, model, span, tokens in parts:
             tokens = tokens.to(self._device)
@@ -205,7 +209,7 @@ def _load_model(files: EncoderFiles, dtype: torch.dtype) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except (*_LOAD_ERRORS, SafetensorError) as error:
+    except _LOAD_ERRORS as error:
         raise encoder_error(
             files.folder, f"cannot be loaded ({error}); copy or save the model again"
         ) from error

@@ -172,6 +172,17 @@ def test_encoders_are_frozen_and_leave_the_random_generator_alone(root):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_embeddings_are_float32_whatever_the_default_type_is(root):
+    names = folders(root, "projected", "t5")
+    expected = FrozenTextEncoders(names, "cpu").encode(TEXTS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = FrozenTextEncoders(names, "cpu").encode(TEXTS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_half_precision_computes_about_the_same(root):
     names = folders(root, "projected", "t5")
     exact = FrozenTextEncoders(names, "cpu").encode(TEXTS)
