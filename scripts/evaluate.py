@@ -2,7 +2,8 @@
 
 On every split of the data. Of a model over tokens: bits per token of each modality, retrieval by
 likelihood between all pairs of modalities among 20 and 100, and the groups of images. Of a
-denoising model: the loss at each fixed noise level. Of a classifier: accuracy, at any capacities.
+denoising model: the loss at each fixed noise level; with `--prompts`, for one that draws to
+prompts, whether it draws what they ask for. Of a classifier: accuracy, at any capacities.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torchtitan_mixtures.evaluation.classification import (
     refuse_nested_options,
 )
 from torchtitan_mixtures.evaluation.denoising import evaluate_denoising, format_denoising
+from torchtitan_mixtures.evaluation.prompts import evaluate_prompts, format_prompts
 from torchtitan_mixtures.evaluation.report import evaluate, format_report
 from torchtitan_mixtures.sampling.command_line import ProgressBar
 from torchtitan_mixtures.user_errors import one_message
@@ -52,7 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--items",
         type=int,
         default=100,
-        help="of a model over tokens: things to retrieve among (default: %(default)s)",
+        help="of a model over tokens: things to retrieve among; with --prompts: prompts to draw to "
+        "(default: %(default)s)",
     )
     add(
         "--max-batches",
@@ -73,6 +76,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="",
         help="of a nested classifier: another routing than it was trained with",
     )
+    add(
+        "--prompts",
+        action="store_true",
+        help="of a model of prompted images: draw to prompts and see whether they are answered",
+    )
+    add("--num-steps", type=int, help="with --prompts: of an image (default: the run's [sampling])")
+    add("--guidance", type=float, help="with --prompts: by them (default: the run's [sampling])")
+    add(
+        "--text-encoders",
+        nargs="+",
+        default=[],
+        help="with --prompts: folders of the frozen encoders, where the run does not say them",
+    )
     add("--seed", type=int, default=0, help="of the things that are drawn (default: %(default)s)")
     add("--device", help="default: the accelerator if there is one, else the CPU")
     add("--json", type=Path, help="file to write all numbers to")
@@ -81,6 +97,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--items {options.items}: must be at least 2")
     if options.max_batches < 1 and options.max_batches != -1:
         parser.error(f"--max-batches {options.max_batches}: must be at least 1, or -1 for all")
+    for name in ("num_steps", "guidance", "text_encoders"):
+        if not options.prompts and getattr(options, name) not in (None, []):
+            parser.error(f"--{name.replace('_', '-')}: has no meaning without --prompts")
     if options.json is not None:
         if not options.json.parent.is_dir():
             parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
@@ -106,6 +125,19 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
 def run(path: Path, options: argparse.Namespace, progress: Callable[[str], None]) -> str:
     """Evaluate a checkpoint in the way of its family; return the tables."""
     keep = partial(write_json, options.json)
+    if options.prompts:
+        report = evaluate_prompts(
+            load_model(path, options.device),
+            options.splits,
+            num_items=options.items,
+            seed=options.seed,
+            num_steps=options.num_steps,
+            guidance=options.guidance,
+            text_encoders=options.text_encoders,
+            progress=progress,
+            keep=keep,
+        )
+        return format_prompts(report)
     nested = {"capacities": options.capacities, "routing": options.routing}
     if "modality_names" in checkpoint_config.read(path)["model_args"]:
         refuse_nested_options(**nested)

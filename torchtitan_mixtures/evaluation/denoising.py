@@ -18,8 +18,14 @@ from torchtitan_mixtures.checkpoint_loading import LoadedModel
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
 from torchtitan_mixtures.data.image_data import check_split, list_splits
 from torchtitan_mixtures.data.image_loader import build_image_validation_dataloader
+from torchtitan_mixtures.data.prompt_loader import (
+    build_prompt_validation_dataloader,
+    check_prompt_split,
+    list_prompt_splits,
+)
 from torchtitan_mixtures.objectives.denoising import build_denoising_loss
 from torchtitan_mixtures.objectives.levels import score_levels
+from torchtitan_mixtures.sampling.conditions import is_prompted
 
 
 def splits_of(loaded: LoadedModel, wanted: Sequence[str]) -> list[str]:
@@ -32,10 +38,13 @@ def splits_of(loaded: LoadedModel, wanted: Sequence[str]) -> list[str]:
     Raises:
         ValueError: The data has no such split, or one of other classes than the model's.
     """
+    known, check = list_splits, check_split
+    if is_prompted(loaded.model_args):
+        known, check = list_prompt_splits, check_prompt_split
     # Not those that the run names: with validation off they may be of other data.
-    chosen = list(dict.fromkeys(wanted or list_splits(loaded.job_config)))
+    chosen = list(dict.fromkeys(wanted or known(loaded.job_config)))
     for split in chosen:
-        check_split(loaded.job_config, "--splits", split)
+        check(loaded.job_config, "--splits", split)
     return chosen
 
 
@@ -96,7 +105,10 @@ def level_losses(loaded: LoadedModel, split: str, max_batches: int = -1) -> Tens
     loss_fn = build_denoising_loss(config)
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
     rows = []
-    for input_dict, labels in build_image_validation_dataloader(1, 0, config, split):
+    build_loader = build_image_validation_dataloader
+    if is_prompted(loaded.model_args):
+        build_loader = build_prompt_validation_dataloader
+    for input_dict, labels in build_loader(1, 0, config, split):
         tensors = {key: value.to(device) for key, value in input_dict.items()}
         scores = score_levels(loaded.model, loss_fn, tensors, labels.to(device), dims, config)
         losses = torch.stack([score.losses.double().mean(1) for score in scores], 1)

@@ -182,19 +182,21 @@ def format_report(report: dict[str, Any]) -> str:
         for direction, pools in found["retrieval"].items():
             for pool, rates in pools.items():
                 best, plain = rates["information"], rates["likelihood"]
+                question = f"{split} | {direction.replace('>', ' to ')} | {pool}"
                 lines.append(
-                    f"| {split} | {direction.replace('>', ' to ')} | {pool} | {_rate(best)} | "
-                    f"{best['chance']:.1%} | {_rate(plain)} |"
+                    f"| {question} | {format_rate(best)} | {best['chance']:.1%} | "
+                    f"{format_rate(plain)} |"
                 )
         if "groups" in found:
             groups = found["groups"]
             lines.append(
-                f"| {split} | group of an image | | {_rate(groups)} | "
+                f"| {split} | group of an image | | {format_rate(groups)} | "
                 f"{groups['chance']:.1%} (commonest) | |"
             )
     return "\n".join(lines)
 
 
-def _rate(rate: dict[str, float]) -> str:
+def format_rate(rate: dict[str, float]) -> str:
+    """Write a share with its interval, of `Rate.as_json`."""
     above = ", above chance" if rate["excludes_chance"] else ""
     return f"{rate['share']:.1%} ({rate['low_95']:.1%} to {rate['high_95']:.1%}{above})"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import cache
-from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +16,11 @@ from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.prompts import PromptTokens, fill_units
 from torchtitan_mixtures.data.spoken import VOICES
 from torchtitan_mixtures.data.tokenizers import build_text_tokenizer
-from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.job_config import MixtureJobConfig, Multimodal
 from torchtitan_mixtures.sampling.conditions import EncodedPrompts
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.data.text_encoders import FrozenTextEncoders
 
 VOICE = VOICES[0]
 """Which speaks the names that are to be spoken."""
@@ -45,12 +46,12 @@ def choose_text_encoders(
         flag: What the user calls them, for messages.
 
     Returns:
-        None if the model encodes texts itself.
+        The folders; none if the model encodes texts itself.
 
     Raises:
         ValueError: None are named that are needed, or those that are named do not fit the model.
     """
-    spec = next(spec for spec in specs if spec.name == "text")
+    spec = _text_spec(specs)
     if spec.kind == "tokens":
         if wanted:
             raise ValueError(
@@ -85,12 +86,23 @@ def _layout(spec: PromptSpec) -> tuple[Any, ...]:
 def check_prompts(
     job_config: MixtureJobConfig, specs: Sequence[PromptSpec], texts: Sequence[str]
 ) -> None:
-    """Refuse prompts that are too long, where a run refuses such; reads tokenizers alone.
+    """Refuse prompts that are too long, where a run refuses such; reads no weights.
 
     Raises:
         ValueError: Names the prompt.
     """
-    _tokenize(job_config, specs, texts, job_config.multimodal.text_encoders, lambda message: None)
+    config = job_config.multimodal
+    spec = _text_spec(specs)
+    if spec.kind == "tokens":
+        tokenizer: Tokenizer = _OwnTokens(config, spec)
+    elif config.text_encoders:
+        from torchtitan_mixtures.data.text_encoders import PromptTokenizers
+
+        tokenizer = PromptTokenizers(config.text_encoders, config.long_prompts)
+    else:  # embeddings that are there already: see `needs_text_encoders`
+        return
+    for text in texts:
+        tokenizer.tokenize(text)
 
 
 class PromptEncoder:
@@ -115,17 +127,18 @@ class PromptEncoder:
         speaks: bool = False,
         warn: Warn = logger.warning,
     ) -> None:
-        self._config = job_config
+        config = job_config.multimodal
         self._specs = tuple(specs)
-        self._folders = list(text_encoders)
         self._speaks = speaks
         self._warn = warn
-        self._encoders: Any = None
+        self._encoders: FrozenTextEncoders | None = None
         if text_encoders:
             from torchtitan_mixtures.data.text_encoders import FrozenTextEncoders
 
-            long_prompts = job_config.multimodal.long_prompts
-            self._encoders = FrozenTextEncoders(self._folders, device, long_prompts)
+            self._encoders = FrozenTextEncoders(text_encoders, device, config.long_prompts)
+            self._tokenizer: Tokenizer = self._encoders.tokenizers
+        else:
+            self._tokenizer = _OwnTokens(config, _text_spec(specs))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> EncodedPrompts:
@@ -151,16 +164,22 @@ class PromptEncoder:
         return EncodedPrompts(tensors, torch.cat(kept, 1), tuple(is_spoken))
 
     def _encode_texts(self, texts: Sequence[str], spec: PromptSpec) -> dict[str, Tensor]:
-        ids = _tokenize(self._config, self._specs, texts, self._folders, self._warn)
+        rows = [self._tokenize(text) for text in texts]
         if self._encoders is None:
-            return {spec.name: ids[0]}
+            return {spec.name: torch.stack([ids for (ids,) in rows])}
         # One by one: then a prompt's embedding does not depend on the others.
-        parts = [
-            self._encoders.encode_ids([rows[n : n + 1] for rows in ids]) for n in range(len(texts))
-        ]
+        parts = [self._encoders.encode_ids([ids[None] for ids in row]) for row in rows]
         embeddings, pooled = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         found = {spec.name: embeddings}
         return found | {f"{spec.name}_pooled": pooled} if spec.pooled_dim else found
+
+    def _tokenize(self, text: str) -> list[Tensor]:
+        """Tokens for each encoder; warns if one of them does not see all of the text."""
+        before = list(self._tokenizer.truncated)
+        ids = self._tokenizer.tokenize(text)
+        if list(self._tokenizer.truncated) != before:
+            self._warn(f"The prompt {text!r} is too long for the model: its end is cut off.")
+        return ids
 
     def _speak(self, text: str, spec: PromptSpec) -> Tensor | None:
         concept = _spoken_names().get(text.strip()) if self._speaks else None
@@ -177,50 +196,33 @@ def _spoken_names() -> dict[str, Concept]:
     return {with_article(concept.name): concept for concept in concepts} | plain
 
 
-def _tokenize(
-    job_config: MixtureJobConfig,
-    specs: Sequence[PromptSpec],
-    texts: Sequence[str],
-    folders: Sequence[str],
-    warn: Warn,
-) -> list[Tensor]:
-    """Tokens of texts for the model's own encoder, or for each frozen one.
-
-    Returns:
-        One `(texts, window)` int64 for each encoder.
-    """
-    config = job_config.multimodal
-    spec = next(spec for spec in specs if spec.name == "text")
-    if spec.kind == "tokens":
-        tokens = PromptTokens(
-            build_text_tokenizer(config.text_tokenizer),
-            spec.length,
-            config.long_prompts == "refuse",
-        )
-        rows = _note_cuts(
-            lambda text: [tokens.encode(text)], lambda: tokens.num_truncated, texts, warn
-        )
-    elif folders:
-        from torchtitan_mixtures.data.text_encoders import PromptTokenizers
-
-        tokenizers = PromptTokenizers(folders, config.long_prompts)
-        rows = _note_cuts(tokenizers.tokenize, lambda: copy(tokenizers.truncated), texts, warn)
-    else:
-        return []
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+def _text_spec(specs: Sequence[PromptSpec]) -> PromptSpec:
+    return next(spec for spec in specs if spec.name == "text")
 
 
-def _note_cuts(
-    tokenize: Callable[[str], Sequence[Tensor]],
-    count: Callable[[], Any],
-    texts: Sequence[str],
-    warn: Warn,
-) -> list[Sequence[Tensor]]:
-    """Tokenize texts; warn of each that raises the count of those that are cut."""
-    rows = []
-    for text in texts:
-        before = count()
-        rows.append(tokenize(text))
-        if count() != before:
-            warn(f"The prompt {shorten(text, 80)!r} is too long for the model: its end is cut off.")
-    return rows
+class Tokenizer(Protocol):
+    """Makes tokens of texts; see `PromptTokenizers`."""
+
+    @property
+    def truncated(self) -> Sequence[int]:
+        """For each encoder the texts that were cut."""
+        ...
+
+    def tokenize(self, text: str) -> list[Tensor]:
+        """Tokens for each encoder, `(window,)` int64."""
+        ...
+
+
+class _OwnTokens:
+    """Tokens for the encoder inside a model."""
+
+    def __init__(self, config: Multimodal, spec: PromptSpec) -> None:
+        tokenizer = build_text_tokenizer(config.text_tokenizer)
+        self._tokens = PromptTokens(tokenizer, spec.length, config.long_prompts == "refuse")
+
+    @property
+    def truncated(self) -> list[int]:
+        return [self._tokens.num_truncated]
+
+    def tokenize(self, text: str) -> list[Tensor]:
+        return [self._tokens.encode(text)]

@@ -139,12 +139,12 @@ def test_all_splits_of_a_folder_are_those_that_it_has(tmp_path):
     write_folder(tmp_path / "others", count=1, classes=("cow",))  # which the model does not know
     job = make_job(source="folder", path=str(tmp_path), image_size=8)
     assert job.multimodal.validation_splits == ["unseen_concept", "unseen_style"]  # validation off
-    assert splits_of(SimpleNamespace(job_config=job), []) == ["train", "val"]
+    assert splits_of(SimpleNamespace(job_config=job, model_args=None), []) == ["train", "val"]
     job.multimodal.train_split = "val"
     image_data._class_folders.cache_clear()
-    assert splits_of(SimpleNamespace(job_config=job), []) == ["val", "train"]
+    assert splits_of(SimpleNamespace(job_config=job, model_args=None), []) == ["val", "train"]
     with pytest.raises(ValueError, match=r'--splits: split "others" .* has the class "cow"'):
-        splits_of(SimpleNamespace(job_config=job), ["others"])
+        splits_of(SimpleNamespace(job_config=job, model_args=None), ["others"])
 
 
 def test_a_split_that_is_not_there_is_said_in_one_line(run, command, capsys):

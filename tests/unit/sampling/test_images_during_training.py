@@ -9,10 +9,15 @@ from PIL import Image
 from torchtitan.components.metrics import LoggerContainer
 
 from tests.jobs import debug_job
+from tests.unit.sampling import prompted
+from tests.unit.sampling.prompted import TinyArgs, TinyModel
 from tests.unit.sampling.test_image_command import make_model
 from torchtitan_mixtures.checks import check_job
+from torchtitan_mixtures.data.emoji import EmojiCorpus
+from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.media import Media, write_pictures
-from torchtitan_mixtures.sampling.during_training import build_sampler
+from torchtitan_mixtures.sampling.during_training import build_sampler, check_sampling
+from torchtitan_mixtures.sampling.images_during_training import EMOJI_PROMPTS
 
 ON = ("--sampling.interval=2", "--sampling.num_steps=2", "--sampling.num_samples=1")
 
@@ -78,6 +83,80 @@ def test_where_no_picture_can_be_drawn_training_goes_without(options, fields, re
     args = make_model(**fields).model_args
     assert build_sampler(debug_job("mom", *ON, *options), args, SimpleNamespace()) is None
     assert reason in caplog.text
+
+
+# --- of prompts -----------------------------------------------------------------------------------
+
+LONG = "a red fox left of two green apples above a house with a blue roof and a dog"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sampling.class_labels=1",), r"^sampling.class_labels = \[1\]: .* sampling.prompts"),
+        (("--sampling.prompts= ",), r"^sampling.prompts = \[' '\]: a prompt is blank"),
+        (("--multimodal.source=datasets",), r"^sampling.prompts = \[\]: .* at least one prompt"),
+        (
+            ("--sampling.negative_prompt=x", "--sampling.guidance=1"),
+            r"^sampling.negative_prompt = 'x': there is no guidance away from it",
+        ),
+        (
+            ("--objective.prompt_dropout=0", "--sampling.guidance=2"),
+            r"^sampling.guidance = 2.0: .*prompt_dropout = 0 .* name a sampling.negative_prompt",
+        ),
+        (
+            ("--multimodal.long_prompts=refuse", f"--sampling.prompts={LONG}"),
+            r"^\[sampling\]: the prompt 'a red fox left .* tokens",
+        ),
+        (
+            ("--multimodal.long_prompts=refuse", f"--sampling.negative_prompt={LONG}"),
+            r"^\[sampling\]: the prompt 'a red fox left .* tokens",
+        ),
+    ],
+)
+def test_prompts_that_could_not_be_drawn_are_refused_at_start_up(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(prompted.job_of(*ON, *options), TinyArgs())
+
+
+def test_a_sheet_has_a_row_for_each_prompt():
+    job = prompted.job_of(
+        *ON, "--sampling.prompts", "a fox", "--sampling.guidance=3",
+        "--sampling.negative_prompt=a dog",
+    )  # fmt: skip
+    job.sampling.prompts.append("a dog left of a fox")
+    model, processor = TinyModel(TinyArgs()), FakeProcessor()
+    model.train()
+    state = torch.random.get_rng_state()
+    sampler = build_sampler(job, model.model_args, processor)
+    sampler.sample(model, 2)
+    sampler.sample(model, 4)
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+    first, second = (processor.media[step].images["samples/images"] for step in (2, 4))
+    assert np.array_equal(first, second)
+    assert first.shape[0] == 2 * 100 + 4
+    shifted = prompted.job_of(*ON, "--sampling.prompts=a fox", "--sampling.shift=5")
+    for step, job in ((6, shifted), (8, prompted.job_of(*ON, "--sampling.prompts=a fox"))):
+        build_sampler(job, model.model_args, processor).sample(model, step)
+    drawn = [processor.media[step].images["samples/images"] for step in (6, 8)]
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_without_prompts_some_emoji_are_drawn():
+    known = {concept.name: concept.split for concept in EmojiCorpus.load().concepts}
+    for text, split in (("red apple", "train"), ("cat", "train"), ("fox", "unseen_concept")):
+        assert any(text in prompt for prompt in EMOJI_PROMPTS) and known[text] == split
+    processor = FakeProcessor()
+    build_sampler(prompted.job_of(*ON), TinyArgs(), processor).sample(TinyModel(TinyArgs()), 2)
+    sheet = processor.media[2].images["samples/images"]
+    assert sheet.shape[0] == len(EMOJI_PROMPTS) * 100 + 4
+
+
+def test_where_new_texts_have_no_embeddings_training_goes_without(caplog):
+    spec = PromptSpec("text", "embeddings", 4, dim=2)
+    job = prompted.job_of(*ON, "--multimodal.text_embeddings=there")
+    assert build_sampler(job, TinyArgs(prompts=(spec,)), SimpleNamespace()) is None
+    assert "--text-encoders" in caplog.text
 
 
 def test_sheets_are_files_too(tmp_path):
