@@ -222,6 +222,31 @@ class ReplicatedLinear(nn.Linear):
         return F.linear(input, own_term(self.weight), own_term(self.bias))
 
 
+class ReplicatedEmbedding(nn.Embedding):
+    """An embedding of which each rank uses the result for rows of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids of any shape -> `(..., dim)`."""
+        return F.embedding(input, own_term(self.weight))
+
+
+class ReplicatedLayerNorm(nn.LayerNorm):
+    """A norm that each rank applies to rows of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., dim)` -> the same shape."""
+        weight, bias = own_term(self.weight), own_term(self.bias)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class ReplicatedRMSNorm(nn.RMSNorm):
+    """A norm that each rank applies to rows or heads of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim)` -> the same shape."""
+        return F.rms_norm(x, self.normalized_shape, own_term(self.weight), self.eps)
+
+
 class ReplicatedLabelEmbedder(LabelEmbedder):
     """An embedding of which each rank uses the result for rows of its own."""
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures.data.image_loader import (
     ImageValidationLoader,
     build_image_validation_dataloader,
 )
+from torchtitan_mixtures.data.prompt_loader import build_prompt_validation_dataloader
+from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.objectives.levels import score_levels
 from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.validate import SplitValidator
@@ -26,7 +29,9 @@ class DenoisingValidator(SplitValidator):
         self, dp_world_size: int, dp_rank: int, split: str
     ) -> ImageValidationLoader:
         """Build the loader of a split."""
-        return build_image_validation_dataloader(dp_world_size, dp_rank, self.mixture_config, split)
+        return build_denoising_validation_dataloader(
+            dp_world_size, dp_rank, self.mixture_config, split
+        )
 
     def make_meter(self) -> LossMeter:
         """Make a meter of fixed noise levels."""
@@ -48,6 +53,16 @@ class DenoisingValidator(SplitValidator):
             for score in scores:
                 self.loss_fn.book_level(score.losses, score.targets, score.level)
         self.log_meter(split, step)
+
+
+def build_denoising_validation_dataloader(
+    dp_world_size: int, dp_rank: int, job_config: MixtureJobConfig, split: str
+) -> ImageValidationLoader:
+    """Build the loader of a split for models of classes or of prompts, whichever the job has."""
+    model = job_config.model
+    is_prompted = getattr(get_train_spec(model.name).model_args[model.flavor], "is_prompted", False)
+    build = build_prompt_validation_dataloader if is_prompted else build_image_validation_dataloader
+    return build(dp_world_size, dp_rank, job_config, split)
 
 
 def build_denoising_validator(**arguments: Any) -> DenoisingValidator:

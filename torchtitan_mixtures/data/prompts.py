@@ -22,18 +22,23 @@ SPEECH_UNITS = 512
 """Units of the embedded speech tokenizer; the number after them stands for "nothing"."""
 
 
-def prompt_specs(job_config: JobConfig) -> tuple[PromptSpec, ...]:
+def prompt_specs(job_config: JobConfig, model_args: Any = None) -> tuple[PromptSpec, ...]:
     """Say what prompts a job's data has, in the order of the flavour's `prompt_names`.
 
     Reads the descriptions of encoders and embeddings, not their weights.
+
+    Args:
+        job_config: The whole configuration; read are its sections multimodal and model.
+        model_args: The flavour's arguments; None: those of the job's.
 
     Raises:
         ValueError: Names the key that does not fit, its value and the remedy.
     """
     config = cast("MixtureJobConfig", job_config).multimodal
     model = job_config.model
-    args: Any = get_train_spec(model.name).model_args[model.flavor]
-    return tuple(_spec(name, config, args) for name in args.prompt_names)
+    if model_args is None:
+        model_args = get_train_spec(model.name).model_args[model.flavor]
+    return tuple(_spec(name, config, model_args) for name in model_args.prompt_names)
 
 
 def _spec(name: str, config: Multimodal, args: Any) -> PromptSpec:

@@ -217,7 +217,7 @@ class MMDiTModelArgs(BaseModelArgs):
 
         images = prompted_image_spec(job_config)
         self.in_channels, self.image_size = images.channels, images.size
-        self.prompts = prompt_specs(job_config)
+        self.prompts = prompt_specs(job_config, self)
         objective = job_config.objective  # pyrefly: ignore [missing-attribute]
         self.learned_variance = objective.kind == "ddpm" and objective.learned_variance
         self.init_seed = job_config.debug.seed

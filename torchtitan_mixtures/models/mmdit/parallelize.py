@@ -1,0 +1,408 @@
+"""Where an MMDiT may be cut.
+
+Streams are made of parts: a prompt, the image, registers. Each part is cut by itself, so that every
+rank has the same share of every stream. Attention does not mind in which order tokens come: they
+have their positions from before.
+
+Tensor parallelism cuts parts of any length. What is missing for equal shares is filled up with
+rows of zeros that flow along, but that attention never sees: they are taken out behind the
+all-gather. For this the number of rows is noted where the streams are cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model import BaseModelArgs
+
+from torchtitan_mixtures.checks import require_checked
+from torchtitan_mixtures.context_parallel import AllToAllAttention
+from torchtitan_mixtures.data.aspect_ratios import make_buckets
+from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.models.mmdit.args import IMAGE, MMDiTModelArgs
+from torchtitan_mixtures.models.mmdit.hyper_connections import (
+    TINY,
+    Connection,
+    HyperConnection,
+    StreamReader,
+)
+from torchtitan_mixtures.models.mmdit.joint_attention import PerHeadNorm
+from torchtitan_mixtures.models.mmdit.model import REGISTERS, MMDiTDenoiser, Registers
+from torchtitan_mixtures.parallelize import ContextCuts, Cuts, TensorCuts, parallelize
+from torchtitan_mixtures.tensor_parallel import (
+    Distributed,
+    GatheredInput,
+    GatheredOutput,
+    ReplicatedEmbedding,
+    ReplicatedLayerNorm,
+    ReplicatedLinear,
+    ReplicatedRMSNorm,
+    SubLayer,
+    gather,
+    own_term,
+    scatter,
+)
+
+STREAM = 1
+"""The dimension of a residual stream, `(batch, seq, dim)`, that ranks share."""
+
+
+# --- tensor parallelism ---------------------------------------------------------------------------
+
+
+class Shares:
+    """How the streams of one model lie on ranks, in the forward pass that runs or ran last.
+
+    A rank's share of a stream is one piece of each of its parts, in the stream's order, each filled
+    up to a multiple of the ranks. A recomputed block reads it again, so the backward pass of a batch
+    must come before the next batch of other lengths.
+
+    Args:
+        args: The model's arguments.
+    """
+
+    def __init__(self, args: MMDiTModelArgs) -> None:
+        if args.single_stream:
+            self.parts = {IMAGE: (REGISTERS + IMAGE, *args.prompt_names, IMAGE)}
+        else:
+            self.parts = {name: (REGISTERS + name, name) for name in args.stream_dims}
+        self.lengths: dict[str, int] = {}
+
+    def lengths_of(self, stream: str) -> list[int]:
+        """Rows of each part of a stream."""
+        return [self.lengths[part] for part in self.parts[stream] if part in self.lengths]
+
+    def join(self, stream: str, x: Tensor, ranks: int) -> Tensor:
+        """Take the shares of all ranks, `(batch, ranks * share, dim)`, for a stream.
+
+        Returns:
+            `(batch, seq, dim)`.
+        """
+        lengths = self.lengths_of(stream)
+        if not any(length % ranks for length in lengths):
+            return x  # in the order of the ranks
+        if len(lengths) == 1:
+            return x[:, : lengths[0]]
+        shares = x.unflatten(1, (ranks, -1)).split([-(-n // ranks) for n in lengths], dim=2)
+        rows = zip(shares, lengths, strict=True)
+        return torch.cat([share.flatten(1, 2)[:, :length] for share, length in rows], dim=1)
+
+    def lay_out(self, stream: str, x: Tensor, ranks: int) -> Tensor:
+        """Undo `join`, with zeros where there was nothing."""
+        lengths = self.lengths_of(stream)
+        if not any(length % ranks for length in lengths):
+            return x
+        if len(lengths) == 1:
+            return fill_up(x, ranks)
+        parts = x.split(lengths, dim=1)
+        shares = [fill_up(part, ranks).unflatten(1, (ranks, -1)) for part in parts]
+        return torch.cat(shares, dim=2).flatten(1, 2)
+
+
+def fill_up(x: Tensor, ranks: int) -> Tensor:
+    """Add rows of zeros, `(batch, seq, dim)`, until each rank has as many."""
+    missing = -x.shape[1] % ranks
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class CutParts(ParallelStyle):
+    """Where streams that reach every rank whole are cut, part by part.
+
+    As `PartOfInput`: modules before this one get one term of the gradient's sum, and what is
+    applied later cuts first.
+    """
+
+    def __init__(self, shares: Shares | None = None) -> None:
+        """Take where lengths are noted; None: they must be multiples of the ranks."""
+        self.shares = shares
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        ranks, rank = device_mesh.size(), device_mesh.get_local_rank()
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            parts = cast(dict[str, Tensor], inputs[0])
+            lengths = {name: part.shape[1] for name, part in parts.items()}
+            if self.shares is not None:
+                self.shares.lengths = lengths
+            else:
+                check_lengths(lengths, ranks)
+            # In the memory layout that later blocks get, too, so that one compiled graph does.
+            cut = {name: fill_up(part, ranks).chunk(ranks, 1)[rank].contiguous()
+                   for name, part in parts.items()}  # fmt: skip
+            return (cut,)
+
+        module.register_forward_pre_hook(before, prepend=True)
+        return module
+
+
+class JointSubLayer(ParallelStyle):
+    """`SubLayer` for several streams at once, which takes out the rows that fill them up."""
+
+    def __init__(self, shares: Shares) -> None:
+        """Take where the streams' lengths are noted."""
+        self.shares = shares
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        shares, ranks = self.shares, device_mesh.size()
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            whole = {
+                name: shares.join(name, gather(x, device_mesh, STREAM, Partial()), ranks)
+                for name, x in inputs[0].items()
+            }
+            return (whole, *inputs[1:])
+
+        def after(_: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: scatter(shares.lay_out(name, x, ranks), device_mesh, STREAM, Partial())
+                for name, x in output.items()
+            }
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+        return module
+
+
+class GatheredImage(ParallelStyle):
+    """A module that works on shares of the image's tokens, of which every rank needs all."""
+
+    def __init__(self, shares: Shares) -> None:
+        """Take where the streams' lengths are noted."""
+        self.shares = shares
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def after(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            whole = gather(output, device_mesh, STREAM, Replicate())
+            return whole[:, : self.shares.lengths[IMAGE]]
+
+        module.register_forward_hook(after)
+        return module
+
+
+class ReplicatedRegisters(Registers):
+    """Registers of which each rank uses some."""
+
+    def forward(self, batch: int) -> Tensor:
+        """See `Registers`."""
+        return own_term(self.weight).expand(batch, -1, -1)
+
+
+class ShardedPerHeadNorm(PerHeadNorm):
+    """A norm of this rank's heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, seq, heads / ranks, head_dim)` -> the same shape."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        normed = F.normalize(x.to(dtype), dim=3) * x.shape[3] ** 0.5
+        return (normed * cast(DTensor, self.weight).to_local().to(dtype)).to(x.dtype)
+
+
+class _Replicated(Connection):
+    """A connection of this rank's tokens."""
+
+    def coefficients(self, state: Tensor) -> Tensor:
+        """See `Connection`."""
+        static = own_term(self.static)
+        static = static.to(torch.promote_types(static.dtype, torch.float32))
+        if not self.dynamic:
+            return static
+        weight = own_term(self.weight) * own_term(self.norm_weight)
+        square = torch.linalg.vector_norm(state, dim=3, keepdim=True, dtype=static.dtype).square()
+        inverse = (square / state.shape[3]).clamp(min=TINY).rsqrt()
+        return static + self.scales() * (F.linear(state, weight) * inverse).tanh()
+
+
+class ReplicatedReader(_Replicated, StreamReader):
+    """A `StreamReader` of this rank's tokens."""
+
+    def scales(self) -> Tensor:
+        """See `Connection`."""
+        return own_term(self.scale)
+
+
+class ReplicatedConnection(_Replicated, HyperConnection):
+    """A `HyperConnection` of this rank's tokens."""
+
+    def scales(self) -> Tensor:
+        """See `Connection`."""
+        scale_a, scale_b = own_term(self.scale).split(1)
+        return torch.cat([scale_a.expand(self.num_streams + 1), scale_b])
+
+
+REPLICATED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: ReplicatedLinear,  # outside of blocks
+    nn.Embedding: ReplicatedEmbedding,
+    nn.LayerNorm: ReplicatedLayerNorm,
+    nn.RMSNorm: ReplicatedRMSNorm,
+    Registers: ReplicatedRegisters,
+    StreamReader: ReplicatedReader,
+    HyperConnection: ReplicatedConnection,
+}
+"""Modules that ranks apply to tokens or heads of their own, and what they become."""
+
+
+def tensor_parallel_styles(model: nn.Module, loss_parallel: bool) -> dict[str, ParallelStyle]:
+    """Say how each layer is cut over the ranks of tensor parallelism.
+
+    Embedders and encoders of prompts are small and computed by every rank; streams are cut in front
+    of the first block.
+
+    Args:
+        model: An MMDiT, or its baseline of a single stream.
+        loss_parallel: Not used: there are no logits.
+
+    Returns:
+        Module path -> style; `*` stands for any layer or stream.
+    """
+    args = cast(MMDiTDenoiser, model).model_args
+    shares = Shares(args)
+    expand = GatheredInput(ColwiseParallel())
+    contract = RowwiseParallel(output_layouts=Partial())
+    modulation = GatheredOutput(1, Partial(), expand)
+    styles: dict[str, ParallelStyle] = {
+        "streams": CutParts(shares),
+        "layers.*.modulation.*.linear": modulation,
+        "layers.*.attention": JointSubLayer(shares),
+        "layers.*.attention.wqkv.*": expand,
+        "layers.*.attention.wo.*": contract,
+        "layers.*.feed_forward.*": SubLayer(STREAM),
+        "layers.*.feed_forward.*.w1": expand,
+        "layers.*.feed_forward.*.w2": contract,
+        "final_layer": GatheredImage(shares),
+        "final_layer.modulation.linear": modulation,
+    }
+    if args.num_adaptive_weights > 1:
+        styles["layers.*.attention.gates.*"] = expand
+    if args.qk_norm == "per_head":
+        of_heads = Distributed(ShardedPerHeadNorm, {"weight": Shard(0)})
+        styles |= {"layers.*.attention.q_norm.*": of_heads, "layers.*.attention.k_norm.*": of_heads}
+    return styles | {
+        path: Distributed(REPLICATED[type(module)])
+        for path, module in model.named_modules()
+        if type(module) in REPLICATED
+        and next(module.parameters(), None) is not None
+        and not any(fnmatch(path, pattern) for pattern in styles)
+    }
+
+
+def tensor_parallel_sizes(model_args: BaseModelArgs) -> dict[str, int]:
+    """What the degree of tensor parallelism must divide: description -> number."""
+    args = cast(MMDiTModelArgs, model_args)
+    sizes = {"heads": args.n_heads}
+    for name, width in args.stream_dims.items():
+        sizes[f"channels of {name}"] = width
+        sizes[f"hidden units of {name}"] = round(args.mlp_ratio * width)
+    return sizes
+
+
+# --- context parallelism --------------------------------------------------------------------------
+
+
+def context_parallel_styles(model: nn.Module, job_config: JobConfig) -> dict[str, ParallelStyle]:
+    """Say where ranks that share sequences communicate; module path -> style."""
+    return {
+        "streams": CutParts(),
+        "layers.*.attention.inner_attention": AllToAllAttention(),
+    }
+
+
+def context_parallel_sizes(model_args: BaseModelArgs) -> dict[str, int]:
+    """What ranks share instead of tokens: description -> number."""
+    return {"heads": cast(MMDiTModelArgs, model_args).n_heads}
+
+
+def check_lengths(lengths: Mapping[str, int], ranks: int) -> None:
+    """Check that ranks can share each part of a sequence (description -> tokens).
+
+    Raises:
+        ValueError: Names those that they cannot.
+    """
+    wrong = [f"{length} of {name}" for name, length in lengths.items() if length % ranks]
+    if wrong:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {ranks}: does not divide the numbers of tokens "
+            f"{', '.join(wrong)}; each must be a multiple of it."
+        )
+
+
+def check_context_parallel(job_config: MixtureJobConfig, model_args: MMDiTModelArgs) -> None:
+    """Check that ranks can share prompts, registers and images of all shapes of the job.
+
+    Raises:
+        ValueError: Names the lengths that they cannot share.
+    """
+    lengths = {f"the prompt {spec.name!r}": spec.length for spec in model_args.prompts}
+    for name, number in model_args.registers.items():
+        lengths[f"the registers of {name}"] = number
+    patch = model_args.patch_size
+    ratios = job_config.multimodal.aspect_ratios
+    for bucket in make_buckets(ratios, model_args.image_size, patch):
+        tokens = (bucket.height // patch) * (bucket.width // patch)
+        lengths[f"images of {bucket.name}"] = tokens
+    check_lengths(lengths, job_config.parallelism.context_parallel_degree)
+
+
+# --- the family -----------------------------------------------------------------------------------
+
+
+def matrix_products(model_args: BaseModelArgs) -> dict[str, int]:
+    """The projections of a block in the order of their calls -> matrix products of each."""
+    args = cast(MMDiTModelArgs, model_args)
+    *prompts, _ = args.stream_dims
+    streams = len(prompts) + 1
+    is_dynamic = args.num_residual_streams > 1 and args.dynamic_streams
+    products = {"modulation": streams}
+    if is_dynamic:
+        products["attention_streams"] = streams
+    if args.num_adaptive_weights > 1:
+        products["attention.gates"] = streams
+    products |= {"attention.wqkv": streams, "attention.wo": streams}
+    for name in (*prompts, IMAGE):
+        if is_dynamic:
+            products[f"ffn_streams.{name}"] = 1
+        products |= {f"feed_forward.{name}.w1": 1, f"feed_forward.{name}.w2": 1}
+    return products
+
+
+CUTS = Cuts(
+    units_after=[["final_layer"]],
+    products=matrix_products,
+    tensor_parallel=TensorCuts(tensor_parallel_styles, tensor_parallel_sizes, cuts_positions=False),
+    context_parallel=ContextCuts(
+        context_parallel_styles, context_parallel_sizes, check=check_context_parallel
+    ),
+)
+
+
+def embedders(model_args: MMDiTModelArgs) -> list[str]:
+    """What FSDP gathers together in front of the blocks.
+
+    Not registers, which are returned as they are: the root's unit keeps them through a step.
+    """
+    kinds = ("prompt_encoder", "prompt_embedder", "pooled_embedder")
+    of_prompts = [f"{kind}.{name}" for name in model_args.prompt_names for kind in kinds]
+    return ["x_embedder", "t_embedder", *of_prompts]
+
+
+def parallelize_mmdit(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
+    """Apply the job's parallelism to an MMDiT; see `torchtitan_mixtures.parallelize`."""
+    # TorchTitan's trainer does not noise batches.
+    require_checked(job_config, "a model of images")
+    # Which embedders there are depends on the prompts.
+    units = [embedders(cast(MMDiTDenoiser, model).model_args)]
+    cuts = dataclasses.replace(CUTS, units_before=units)
+    return parallelize(model, parallel_dims, job_config, cuts)
