@@ -218,26 +218,22 @@ class TextEmbeddings:
         number = int(np.searchsorted(self._shard_starts, row, side="right")) - 1
         return self._reader(number).read(row - int(self._shard_starts[number]))
 
-    def check_captions(self, values: Iterable[Any]) -> None:
+    def check_captions(self, sha256: str) -> None:
         """Check that captions are those that were encoded.
 
         Args:
-            values: The column of captions of the split, in the order of the images.
+            sha256: Their hash; see `digest_captions`.
 
         Raises:
             ValueError: They are others.
         """
-        starts, digest = digest_captions(values)
-        if digest == self._split.captions_sha256:
-            return
-        found = f"{len(starts) - 1} images with {starts[-1]} captions"
-        expected = f"{self._split.images} with {len(self)}"
-        raise ValueError(
-            f'{_KEY} = "{self._folder}": embeds other captions than split "{self._split_name}" of '
-            f"multimodal.path has now ({found}; embedded are {expected}). Encode them again into a "
-            f"new folder with `{ENCODE_COMMAND}`, or name the data and the caption_column that "
-            f'were encoded ("{self._index.caption_column}").'
-        )
+        if sha256 != self._split.captions_sha256:
+            raise ValueError(
+                f'{_KEY} = "{self._folder}": embeds other captions than split '
+                f'"{self._split_name}" has; encode those of multimodal.path into a new folder with '
+                f"`{ENCODE_COMMAND}`, or name the data and the caption_column that were encoded "
+                f'("{self._index.caption_column}").'
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """What the embeddings depend on, for a run that resumes."""
