@@ -18,7 +18,8 @@ from pathlib import Path
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-import benchmark_mom  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mmdit  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mom  # pyrefly: ignore [missing-import]
 import benchmark_mone  # pyrefly: ignore [missing-import]
 import benchmark_mot  # pyrefly: ignore [missing-import]
 import benchmark_parallel  # pyrefly: ignore [missing-import]
@@ -64,6 +65,19 @@ def add_mone(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_mone.ROWS
 
 
+def add_mmdit(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """Flags of the family's own; its rows."""
+    add = parser.add_argument
+    modalities = list(benchmark_mmdit.LENGTHS)
+    add("--widths", nargs="+", type=int, help=f"default: {benchmark_mmdit.WIDTHS}")
+    add("--modalities", nargs="+", type=int, choices=modalities, help="of block rows")
+    add("--masks", nargs="+", choices=benchmark_mmdit.MASKS, help="of block rows")
+    add("--dtypes", nargs="+", choices=list(benchmark_mmdit.DTYPES), help="default: both")
+    add("--modes", nargs="+", choices=["eager", "compiled"], help="of block rows")
+    add("--batch", type=int, default=benchmark_mmdit.BATCH, help="samples")
+    return benchmark_mmdit.ROWS
+
+
 def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     """Flags of the layouts of two processes; their rows."""
     layouts = list(benchmark_parallel.LAYOUTS)
@@ -71,7 +85,13 @@ def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_parallel.ROWS
 
 
-FAMILIES = {"mot": add_mot, "mom": add_mom, "mone": add_mone, "parallel": add_parallel}
+FAMILIES = {
+    "mot": add_mot,
+    "mom": add_mom,
+    "mone": add_mone,
+    "mmdit": add_mmdit,
+    "parallel": add_parallel,
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
