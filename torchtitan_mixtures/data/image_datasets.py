@@ -317,7 +317,7 @@ def open_columns(
             f'multimodal.image_column = "{column}": holds {describe_feature(feature)}; it must '
             "hold images, their bytes or their paths."
         )
-    kept = cast(datasets.Dataset, data.select_columns(wanted))
+    kept = cast(datasets.Dataset, data.select_columns(list(dict.fromkeys(wanted))))
     if isinstance(feature, datasets.Image):
         return kept.cast_column(column, datasets.Image(decode=False))
     return kept

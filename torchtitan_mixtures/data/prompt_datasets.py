@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import warnings
@@ -27,12 +28,14 @@ from torchtitan_mixtures.data.prompt_texts import Prompter
 from torchtitan_mixtures.data.text_embeddings import digest_captions, usable_captions
 from torchtitan_mixtures.job_config import Multimodal
 
+_KEYS = ("path", "name", "streaming", "image_column", "caption_column")
+
 _MANY = 50_000
 """Pictures whose sizes take so long to read that it is worth a message."""
 
 
 def open_captioned(config: Multimodal, key: str, split: str) -> datasets.Dataset:
-    """Open a split; only its images, not decoded, and captions.
+    """Open a split; only its images, not decoded, and captions. The same when asked for again.
 
     Args:
         config: The `[multimodal]` section.
@@ -42,6 +45,16 @@ def open_captioned(config: Multimodal, key: str, split: str) -> datasets.Dataset
     Raises:
         ValueError: There is no such split or column, or no images or no texts in it; names the key.
     """
+    keys = {name: getattr(config, name) for name in _KEYS}
+    return _open_captioned(tuple(config.data_files), key, split, **keys)
+
+
+# A start-up looks into the data several times: for the checks and each loader.
+@functools.lru_cache(maxsize=8)
+def _open_captioned(
+    data_files: tuple[str, ...], key: str, split: str, **keys: Any
+) -> datasets.Dataset:
+    config = Multimodal(source="datasets", data_files=list(data_files), **keys)
     data = open_columns(config, key, split, "caption_column")
     feature = data.features[config.caption_column]
     is_list = isinstance(feature, (datasets.List, datasets.LargeList))
