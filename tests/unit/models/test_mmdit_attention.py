@@ -146,6 +146,18 @@ def test_without_masks_no_mask_is_made(softclamp):
     assert given[-1][3].shape == (2, 1, 1, 9)
 
 
+@pytest.mark.parametrize("softclamp", [None, 3.0])
+def test_nothing_comes_of_a_sample_of_which_no_token_is_seen(softclamp):
+    attention, streams = attention_of(softclamp=softclamp), randn_streams(DIMS, LENGTHS)
+    masks = {n: torch.tensor([[True], [False]]).expand(x.shape[:2]) for n, x in streams.items()}
+    streams = {name: x.requires_grad_() for name, x in streams.items()}
+    found = attention(streams, masks)
+    close(found["image"][0], attention(streams)["image"][0])
+    assert not found["image"][1].any()
+    grads = torch.autograd.grad(found["image"].sum(), list(streams.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_every_token_sees_later_ones():
     attention, streams = attention_of(), randn_streams(DIMS, LENGTHS)
     changed = streams | {"sound": streams["sound"] + randn(2, 2, 5, seed=9)}

@@ -88,9 +88,12 @@ class SoftclampAttention(nn.Module):
             raise ValueError("is_causal = True: attention with a soft clamp sees all tokens.")
         logits = ((q * q.shape[3] ** -0.5) @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
         logits = self.value * torch.tanh(logits / self.value)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        return logits.softmax(3).to(v.dtype) @ v
+        if mask is None:
+            return logits.softmax(3).to(v.dtype) @ v
+        # As in the fused kernels, nothing comes of a sample of which no token is seen; with
+        # infinity that would be no number.
+        shares = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(3)
+        return shares.masked_fill(~mask, 0).to(v.dtype) @ v
 
 
 class JointAttention(nn.Module):
