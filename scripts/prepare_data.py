@@ -2,13 +2,15 @@
 
 `python scripts/prepare_data.py emoji` rebuilds the embedded corpus, `speech` its spoken names
 alone; `show CONFIG.toml --out page.html` shows the sequences that a configuration trains on;
-`encode-latents --path IMAGES --vae DIR --out LATENTS` encodes a folder of images for training;
+`encode-latents --path IMAGES --vae DIR --out LATENTS` encodes images for training, those of a
+folder of classes or, with `--caption-column`, of a data set with captions;
 `encode-text --path DATA --encoders DIR ... --out EMBEDDINGS` embeds the captions of a data set.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def add_emoji(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -92,12 +94,13 @@ def add_encode_latents(subcommands: "argparse._SubParsersAction[argparse.Argumen
     """The subcommand `encode-latents`."""
     parser = subcommands.add_parser(
         "encode-latents",
-        help="encode a folder of images into latents of a VAE, to train on with source = folder",
+        help="encode images into latents of a VAE, to train on with source = folder",
         description="Encode all splits of a folder with one folder of images per class (or train/ "
-        "and val/ of such). A run that was ended goes on where it was if it is repeated.",
+        "and val/ of such), or with --caption-column splits of a data set with captions. A run "
+        "that was ended goes on where it was if it is repeated.",
         allow_abbrev=False,
     )
-    parser.add_argument("--path", required=True, help="folder of images")
+    parser.add_argument("--path", required=True, help="folder of images, or the data set")
     parser.add_argument("--vae", required=True, help="local folder of a diffusers AutoencoderKL")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
@@ -117,6 +120,32 @@ def add_encode_latents(subcommands: "argparse._SubParsersAction[argparse.Argumen
         default=0.01,
         help="share of broken images above which to stop (default: %(default)s)",
     )
+    captioned = parser.add_argument_group("of a data set with captions")
+    captioned.add_argument(
+        "--caption-column", default="", help="column of strings or lists of strings"
+    )
+    captioned.add_argument(
+        "--image-column", default="image", help="column of images (default: %(default)s)"
+    )
+    captioned.add_argument("--name", default="", help="its configuration, as in multimodal.name")
+    captioned.add_argument(
+        "--data-files", nargs="+", default=[], help="its files, if --path is a format"
+    )
+    captioned.add_argument(
+        "--splits", nargs="+", default=["train"], help="splits to encode (default: train)"
+    )
+    captioned.add_argument(
+        "--aspect-ratios",
+        nargs="+",
+        default=[],
+        help="shapes to crop to, as in multimodal.aspect_ratios (default: square)",
+    )
+    captioned.add_argument(
+        "--patch-size",
+        type=int,
+        default=2,
+        help="of the model; sides of latents are multiples of it (default: %(default)s)",
+    )
     parser.set_defaults(run=encode_latents)
 
 
@@ -125,13 +154,20 @@ def encode_latents(arguments: argparse.Namespace) -> None:
     from torchtitan_mixtures.data.encode_latents import Encoding, encode
 
     names = ("path", "vae", "out", "size", "batch_size", "num_workers", "flip", "half")
-    values = {name: getattr(arguments, name) for name in (*names, "max_bad_fraction")}
-    index = encode(Encoding(**values), lambda line: print(line, flush=True))
+    names += ("max_bad_fraction", "caption_column", "image_column", "name", "patch_size")
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    for name in ("data_files", "splits", "aspect_ratios"):
+        values[name] = tuple(dict.fromkeys(getattr(arguments, name)))
+    encoding = Encoding(**values)
+    index = encode(encoding, lambda line: print(line, flush=True))
     images = sum(shard.images for shards in index.splits.values() for shard in shards)
+    what = "with captions" if index.is_captioned else f"of {len(index.class_names)} classes"
+    shapes = " ".join(encoding.aspect_ratios)
     print(
-        f"{images} images of {len(index.class_names)} classes in {arguments.out}; train with "
+        f"{images} images {what} in {arguments.out}; train with "
         f"--multimodal.source folder --multimodal.path {arguments.out} "
         f"--multimodal.image_size {index.size}"
+        + (f" --multimodal.aspect_ratios {shapes}" if shapes else "")
     )
 
 

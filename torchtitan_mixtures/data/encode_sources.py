@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -80,6 +80,9 @@ class Encoding:
 
     patch_size: int = 2
     """Of the model that will be trained; heights and widths of latents are multiples of it."""
+
+
+_CAPTIONED_KEYS = ("image_column", "name", "data_files", "splits", "aspect_ratios", "patch_size")
 
 
 class EncodableImages(Protocol):
@@ -172,8 +175,16 @@ def open_folders(encoding: Encoding) -> Sources:
     """Open a folder with one folder of images for each class.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or `encoding` asks for what only data sets have.
     """
+    for field in fields(encoding):
+        value = getattr(encoding, field.name)
+        if field.name in _CAPTIONED_KEYS and value != field.default:
+            key = field.name.replace("_", "-")
+            raise ValueError(
+                f"--{key} {value}: is about data sets with captions; name the --caption-column, or "
+                "leave it out for a folder with one folder of images per class."
+            )
     folders = ClassFolders(encoding.path, key="--path")
     for split in folders.splits:
         folders.check_split("--path", split)
