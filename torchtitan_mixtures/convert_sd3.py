@@ -53,8 +53,11 @@ def import_sd3(source: Path, arguments: Sequence[str], out: Path) -> MMDiTModelA
     args = cast(MMDiTModelArgs, check_data(job_config))
     sd3.check_model(args)
     source = _find_transformer(source)
-    sd3.check_config(_read_config(source), args)
-    state = sd3.from_sd3(read_weights(source, WEIGHTS), args)
+    config = _read_config(source)
+    sd3.check_config(config, args)
+    weights = read_weights(source, WEIGHTS)
+    sd3.check_positions(weights.get(sd3.POSITIONS), config, args)
+    state = sd3.from_sd3(weights, args)
     _warn_of_objective(job_config)
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}
     write_weights(out, job_config, args, state)

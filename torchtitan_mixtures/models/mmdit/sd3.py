@@ -22,8 +22,12 @@ All functions are pure and work on state dicts: parameter name -> plain tensor. 
 
 There patches are embedded by a convolution, weight `(dim, channels, patch_row, patch_col)`, and
 where a norm has no gate after it (text in the last block, the final layer) the scale comes before
-the shift. Patches are put out in the same order, `(patch_row, patch_col, channel)`. There is one
-more tensor, `pos_embed.pos_embed`: the table of positions, which is computed here.
+the shift. Patches are put out in the same order, `(patch_row, patch_col, channel)`.
+
+There is one more tensor, `pos_embed.pos_embed`: a square table of places, out of whose middle those
+of an image are cut. It is in checkpoints, and may be another than diffusers computes for a new
+model. There is no table here: with `n` places a side in it, and `s` of a square image, what is
+computed is place `(i - (n - s) / 2) position_grid / s` for row or column `i` of the table.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ _DEFAULTS: dict[str, Any] = {
 """What keys that are not in a `config.json` mean."""
 _QK_NORMS = {"none": None, "shared": "rms_norm"}
 _NUM_TIMESTEP_FEATURES = 256
+_TABLE = 3  # height of the table of places / that of square images, as in Stable Diffusion 3
 _MLP_RATIO = 4
 
 
@@ -114,10 +119,10 @@ def check_model(args: MMDiTModelArgs) -> None:
 
 def sd3_config(args: MMDiTModelArgs) -> dict[str, Any]:
     """Make the `config.json` of a model that passes `check_model`."""
-    spec, (side, scaled_side) = args.prompts[0], _position_sides(args)
+    spec = args.prompts[0]
     return {
         "_class_name": CLASS,
-        "sample_size": scaled_side * args.patch_size,
+        "sample_size": args.image_size,
         "patch_size": args.patch_size,
         "in_channels": args.in_channels,
         "num_layers": args.n_layers,
@@ -127,7 +132,7 @@ def sd3_config(args: MMDiTModelArgs) -> dict[str, Any]:
         "caption_projection_dim": args.dim,
         "pooled_projection_dim": spec.pooled_dim,
         "out_channels": args.out_channels,
-        "pos_embed_max_size": side,
+        "pos_embed_max_size": _TABLE * _image_side(args),
         "dual_attention_layers": [],
         "qk_norm": _QK_NORMS[args.qk_norm],
     }
@@ -152,21 +157,26 @@ def check_config(config: Config, args: MMDiTModelArgs) -> None:
     expected, found = sd3_config(args), _DEFAULTS | given
     if found["out_channels"] is None:
         found["out_channels"] = found["in_channels"]
-    size = found["sample_size"]
-    if isinstance(size, int) and size // args.patch_size == _position_sides(args)[1]:
-        expected["sample_size"] = size  # what is left over makes no difference
+    sample, size, side = (
+        found.pop("sample_size"),
+        found.pop("pos_embed_max_size"),
+        _image_side(args),
+    )
+    del found["dual_attention_layers"]
     problems = [
         f"{key} = {value!r} ({f'here {expected[key]!r}' if key in expected else 'not known here'})"
         for key, value in found.items()
-        if key != "dual_attention_layers" and (key not in expected or value != expected[key])
+        if key not in expected or value != expected[key]
     ]
+    if not isinstance(sample, int) or sample < args.patch_size:
+        problems.append(f"sample_size = {sample!r} (here {args.image_size})")
+    if not isinstance(size, int) or size < side or (size - side) % 2:
+        problems.append(f"pos_embed_max_size = {size!r} (here {side} or an even number more)")
     if problems:
         raise ValueError(
             f"config.json: {', '.join(problems)}; that is another model. Choose another "
             "model.flavor if sizes or qk_norm differ, other encoders or embeddings of prompts if "
-            "joint_attention_dim or pooled_projection_dim do; sample_size / patch_size is "
-            "position_grid of the flavour, and pos_embed_max_size is multimodal.image_size (of "
-            "latents) / patch_size."
+            "joint_attention_dim or pooled_projection_dim do."
         )
 
 
@@ -174,21 +184,19 @@ def from_sd3(weights: Mapping[str, Tensor], args: MMDiTModelArgs) -> State:
     """Make parameters of weights of diffusers.
 
     Args:
-        weights: Theirs.
+        weights: Theirs; what `check_positions` is for may be among them.
         args: Of a model that passes `check_model`.
 
     Returns:
         All parameters, in the precision of the weights.
 
     Raises:
-        ValueError: Weights are missing, unknown, or of another shape, or positions are others.
+        ValueError: Weights are missing, unknown, or of another shape.
     """
     with torch.device("meta"):
         model = MMDiTDenoiser(args)
     shapes = {name: parameter.detach() for name, parameter in model.named_parameters()}
     _check_weights(weights, to_sd3(shapes, args))
-    if POSITIONS in weights:
-        _check_positions(weights[POSITIONS], args)
     state = {}
     for part in _parts(args):
         for leaf in ("weight", "bias"):
@@ -211,17 +219,74 @@ def to_sd3(state: Mapping[str, Tensor], args: MMDiTModelArgs) -> State:
     return weights
 
 
-def sd3_positions(args: MMDiTModelArgs) -> Tensor:
-    """Make `pos_embed.pos_embed`, `(1, places, dim)` float32, out of which images' are cut."""
+def sd3_positions(args: MMDiTModelArgs, size: int | None = None) -> Tensor:
+    """Make `pos_embed.pos_embed`, out of whose middle the places of an image are cut.
+
+    Args:
+        args: Of a model that passes `check_model`.
+        size: Height and width of the table; None: as `sd3_config` says.
+
+    Returns:
+        `(1, size**2, dim)` float32.
+    """
+    size = _TABLE * _image_side(args) if size is None else size
     side, scaled_side = _position_sides(args)
     device = torch.device("cpu")
-    return centred_position_table(args.dim, side, side, side, scaled_side, device)[None]
+    return centred_position_table(args.dim, size, size, side, scaled_side, device)[None]
+
+
+def check_positions(table: Tensor | None, config: Config, args: MMDiTModelArgs) -> None:
+    """Check that a checkpoint's places are those that a model computes.
+
+    Args:
+        table: `pos_embed.pos_embed`, which need not be what diffusers computes for a new model;
+            None: it is.
+        config: A `config.json` that passes `check_config`.
+        args: Of the model.
+
+    Raises:
+        ValueError: They are others; says which.
+    """
+    values = _DEFAULTS | dict(config)
+    size, base = values["pos_embed_max_size"], values["sample_size"] // args.patch_size
+    ours = sd3_positions(args, size)
+    if table is None:
+        table = centred_position_table(args.dim, size, size, size, base, ours.device)[None]
+    if table.shape != ours.shape or not table.is_floating_point():
+        raise ValueError(
+            f"{POSITIONS} is {tuple(table.shape)}, {table.dtype}: with pos_embed_max_size = {size} "
+            f"in config.json it would have to be {tuple(ours.shape)}, floating-point numbers."
+        )
+    table, tolerance = table.float(), max(1e-4, torch.finfo(table.dtype).eps)
+    if torch.allclose(table, ours, rtol=0, atol=tolerance):
+        return
+    found, expected = (_first_and_last(places, size) for places in (table, ours))
+    raise ValueError(
+        f"{POSITIONS}: its {size} places a side seem to go from {found[0]:.1f} to {found[1]:.1f}, "
+        f"those of the model go from {expected[0]:.1f} to {expected[1]:.1f}. Set "
+        "multimodal.image_size to what the checkpoint was trained with (in latents), or choose a "
+        "flavour with another position_grid; tables of something else than the sines and cosines "
+        "of places that are equally far apart cannot be imported."
+    )
+
+
+def _first_and_last(table: Tensor, size: int) -> tuple[float, float]:
+    """Read the places of the first row's ends off a table, `(1, size**2, dim)`."""
+    quarter = table.shape[2] // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter) / quarter)
+    slow = int((frequencies * 2 * size > torch.pi).sum().clamp(max=quarter - 1))  # no full turn
+    ends = table[0, [0, size - 1]]
+    places = torch.atan2(ends[:, slow], ends[:, quarter + slow]) / frequencies[slow]
+    return places[0].item(), places[1].item()
+
+
+def _image_side(args: MMDiTModelArgs) -> int:
+    return args.image_size // args.patch_size
 
 
 def _position_sides(args: MMDiTModelArgs) -> tuple[int, int]:
     """Side of the square whose middle images have the places of, and where its places end."""
-    side = args.image_size // args.patch_size
-    return side, args.position_grid or side
+    return _image_side(args), args.position_grid or _image_side(args)
 
 
 def _parts(args: MMDiTModelArgs) -> list[_Part]:
@@ -325,17 +390,3 @@ def _check_weights(weights: Mapping[str, Tensor], expected: State) -> None:
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
-
-
-def _check_positions(table: Tensor, args: MMDiTModelArgs) -> None:
-    """Check that a checkpoint's table of positions is what is computed here."""
-    ours = sd3_positions(args)
-    tolerance = max(1e-4, torch.finfo(table.dtype).eps) if table.is_floating_point() else 0.0
-    if table.shape == ours.shape and torch.allclose(table.float(), ours, rtol=0, atol=tolerance):
-        return
-    side, scaled_side = _position_sides(args)
-    raise ValueError(
-        f"{POSITIONS}, {tuple(table.shape)}, is not the table of sines and cosines that is "
-        f"computed here, {tuple(ours.shape)} ({side} places a side that are scaled to "
-        f"{scaled_side}): the model knows places by another one and cannot be imported."
-    )

@@ -72,34 +72,56 @@ def test_weights_go_out_as_they_came_in(qk_norm):
     assert all(torch.equal(before[name], after[name]) for name in after)
     assert state.keys() == dict(MMDiTDenoiser(args).named_parameters()).keys()
     # That no layer has a second attention is a tuple there, and a list in JSON.
-    assert sd3.sd3_config(args) == config_of(theirs, dual_attention_layers=[])
+    sizes = {"dual_attention_layers": [], "sample_size": 12, "pos_embed_max_size": 18}
+    assert sd3.sd3_config(args) == config_of(theirs, **sizes)
 
 
 @pytest.mark.parametrize(
     ("sample_size", "max_size", "grid"), [(8, 6, 4), (12, 6, 6), (16, 24, 8), (128, 96, 64)]
 )
-def test_positions_are_cut_out_of_the_same_table(sample_size, max_size, grid):
+def test_places_can_be_those_of_a_new_model_of_diffusers(sample_size, max_size, grid):
     theirs = make_theirs(sample_size=sample_size, pos_embed_max_size=max_size, num_layers=1)
     args = make_args(image_size=2 * max_size, position_grid=grid, n_layers=1)
-    sd3.check_config(config_of(theirs), args)
-    table = theirs.pos_embed.pos_embed
-    torch.testing.assert_close(sd3.sd3_positions(args), table, atol=2e-5, rtol=0)
+    config = config_of(theirs)
+    sd3.check_config(config, args)
+    sd3.check_positions(theirs.pos_embed.pos_embed, config, args)
+    sd3.check_positions(None, config, args)
     for rows, columns in ((max_size, max_size), (max_size - 1, 2), (1, max_size - 3), (4, 5)):
         expected = theirs.pos_embed.cropped_pos_embed(2 * rows, 2 * columns)[0]
         found = centred_position_table(16, rows, columns, max_size, grid, torch.device("cpu"))
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
-def test_positions_of_another_table_are_refused():
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (12, 12), (5, 4), (2, 9), (3, 7)])
+def test_places_can_be_those_of_the_paper(rows, columns):
+    theirs, args = make_theirs(pos_embed_max_size=12), make_args(image_size=8, position_grid=16)
+    places = (torch.arange(12, dtype=torch.float64) - (12 - 4) / 2) * 16 / 4
+    angles = places[:, None] / 10000 ** (torch.arange(4) / 4)
+    vectors = torch.cat([angles.sin(), angles.cos()], 1).float()
+    table = torch.cat([vectors.repeat(12, 1), vectors.repeat_interleave(12, 0)], 1)[None]
+    theirs.pos_embed.pos_embed = table
+    sd3.check_config(config_of(theirs), args)
+    sd3.check_positions(table, config_of(theirs), args)
+    torch.testing.assert_close(sd3.sd3_positions(args), table)
+    times = torch.tensor([0.0, 0.25, 2.0])
+    expected, found = run_both(theirs, make_ours(theirs, args), 2 * rows, 2 * columns, times)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_other_places_are_refused():
     theirs, args = make_theirs(), make_args()
-    weights = theirs.state_dict()
-    half = weights | {sd3.POSITIONS: weights[sd3.POSITIONS].bfloat16()}
-    assert sd3.from_sd3(half, args).keys() == sd3.from_sd3(weights, args).keys()
-    without = {name: weight for name, weight in weights.items() if name != sd3.POSITIONS}
-    sd3.from_sd3(without, args)
-    for table in (2 * weights[sd3.POSITIONS], weights[sd3.POSITIONS][:, 1:]):
-        with pytest.raises(ValueError, match=r"pos_embed\.pos_embed.*6 places a side.*scaled to 4"):
-            sd3.from_sd3(weights | {sd3.POSITIONS: table}, args)
+    table, config = theirs.pos_embed.pos_embed, config_of(theirs)
+    sd3.check_positions(table.bfloat16(), config, args)
+    with pytest.raises(ValueError, match=r"from 0\.0 to 3\.3, those of the model .* 0\.0 to 5\.0"):
+        sd3.check_positions(table, config, make_args(position_grid=6))
+    with pytest.raises(ValueError, match=r"from 0\.0 to 6\.7, those of the model .* 0\.0 to 3\.3"):
+        sd3.check_positions(None, {**config, "sample_size": 16}, args)
+    with pytest.raises(ValueError, match=r"from 0\.0 to 3\.3, those of the model .* -1\.0 to 4\.0"):
+        sd3.check_positions(table, config, make_args(image_size=8))
+    with pytest.raises(ValueError, match=r"places that are equally far apart cannot be imported"):
+        sd3.check_positions(2 * table, config, args)
+    with pytest.raises(ValueError, match=r"\(1, 35, 16\), torch.float32: .* \(1, 36, 16\)"):
+        sd3.check_positions(table[:, 1:], config, args)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +137,10 @@ def test_positions_of_another_table_are_refused():
         ({"out_channels": 8}, "out_channels = 8 (here 4)"),
         ({"joint_attention_dim": 32}, "joint_attention_dim = 32 (here 24)"),
         ({"caption_projection_dim": 32}, "caption_projection_dim = 32 (here 16)"),
-        ({"pos_embed_max_size": None}, "pos_embed_max_size = None (here 6)"),
-        ({"sample_size": 16}, "sample_size = 16 (here 8)"),
-        ({"sample_size": "8"}, "sample_size = '8' (here 8)"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size = None (here 6 or an even number more)"),
+        ({"pos_embed_max_size": 4}, "pos_embed_max_size = 4 (here 6 or an even number more)"),
+        ({"pos_embed_max_size": 9}, "pos_embed_max_size = 9 (here 6 or an even number more)"),
+        ({"sample_size": "8"}, "sample_size = '8' (here 12)"),
         ({"mlp_ratio": 2}, "mlp_ratio = 2 (not known here)"),
     ],
 )
