@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.unit.data.tiny_encoders import save_clip, save_t5
 from tests.unit.sampling import prompted
 from tests.unit.sampling.prompted import SPEECH, TEXT, TinyArgs, TinyModel
 from torchtitan_mixtures.data import text_encoders
@@ -170,14 +171,31 @@ def frozen(monkeypatch):
 
 def test_prompts_of_frozen_encoders_are_their_embeddings(frozen):
     warnings = []
-    encoder = PromptEncoder(
-        prompted.job_of(), (LETTERS,), "cpu", ["clip"], warn=lambda line: warnings.append(line)
-    )
+    encoder = PromptEncoder(prompted.job_of(), (LETTERS,), "cpu", ["clip"], warn=warnings.append)
     found = encoder.encode(["ab", "abcdef"])
     assert found.tensors["text"][1, :, 0].tolist() == [97, 98, 99, 100]
     assert found.tensors["text_pooled"][0].tolist() == [97, 98, 32]
     assert found.kept.shape == (2, 1)
     assert warnings == ["The prompt 'abcdef' is too long for the model: its end is cut off."]
+
+
+def test_embeddings_are_those_that_a_run_with_the_same_encoders_trains_on(tmp_path):
+    save_clip(tmp_path / "clip", seed=1)
+    save_t5(tmp_path / "t5", seed=2)
+    folders = [str(tmp_path / name) for name in ("clip", "t5")]
+    job, texts = prompted.job_of(), [FOX, 40 * "apple "]
+    job.multimodal.text_encoders = folders
+    specs = (text_encoders.frozen_prompt_spec(folders),)
+    assert choose_text_encoders(job, specs, [], "--text-encoders") == folders
+    warnings = []
+    found = PromptEncoder(job, specs, "cpu", folders, warn=warnings.append).encode(texts)
+    embeddings, pooled = text_encoders.FrozenTextEncoders(folders, "cpu").encode(texts)
+    torch.testing.assert_close(found.tensors["text"], embeddings)
+    torch.testing.assert_close(found.tensors["text_pooled"], pooled)
+    assert found.kept.tolist() == [[True, True]] * 2
+    assert len(warnings) == 1 and "apple" in warnings[0]
+    with pytest.raises(ValueError, match=r"^--text-encoders .*t5 .*clip: they make"):
+        choose_text_encoders(job, specs, folders[::-1], "--text-encoders")
 
 
 def test_the_encoders_are_those_of_the_run_or_those_that_are_named(frozen):
