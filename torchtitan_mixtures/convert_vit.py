@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torchtitan.tools.logging import logger
 
@@ -22,10 +21,10 @@ from torchtitan_mixtures.checks import check_data
 from torchtitan_mixtures.models.mone import dense_vit, dense_vit_config
 from torchtitan_mixtures.models.mone.args import MoNEModelArgs
 from torchtitan_mixtures.models.mone.model import MoNE
+from torchtitan_mixtures.safetensors_files import read_json, read_weights
 from torchtitan_mixtures.train import parse_job
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 Format = Literal["huggingface", "timm"]
@@ -75,7 +74,10 @@ def import_vit(
             f"model.name = {job_config.model.name!r}: a ViT becomes a model of the family 'mone'."
         )
     args = cast(MoNEModelArgs, check_data(job_config))
-    checkpoint = _read(source)
+    folder = source if source.is_dir() else source.parent
+    checkpoint = _Checkpoint(
+        read_weights(source, WEIGHTS), read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
+    )
     convert = _check_config(source, checkpoint, args)
     state = convert(checkpoint.weights, args, new_head=new_head, new_size=image_size is not None)
     if args.is_nested and args.alpha_init != 0:
@@ -175,63 +177,5 @@ def export_vit(
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     weights = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, out / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
     return expert
-
-
-def _read(source: Path) -> _Checkpoint:
-    """Read a dense ViT's files.
-
-    Raises:
-        ValueError: They are not there, broken, or pickled.
-    """
-    weights = {}
-    for path in _weight_files(source):
-        if path.suffix != ".safetensors":
-            raise ValueError(
-                f"--from {path}: only safetensors files are read, pickled ones can run code; "
-                "convert it first (model.save_pretrained(DIR) of transformers does)."
-            )
-        try:
-            weights |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"--from {path}: cannot be read: {error}") from None
-    folder = source if source.is_dir() else source.parent
-    return _Checkpoint(weights, _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR))
-
-
-def _weight_files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise ValueError(f"--from {source}: no such file or folder.")
-    if (source / WEIGHTS).is_file():
-        return [source / WEIGHTS]
-    index = _read_json(source / INDEX)
-    if index is not None:
-        # Names, not paths: an index from elsewhere stays within its folder.
-        names = {Path(name).name for name in (index.get("weight_map") or {}).values()}
-        return [source / name for name in sorted(names)]
-    pickled = sorted(path.name for path in source.glob("*.bin")) + sorted(
-        path.name for path in source.glob("*.pt*")
-    )
-    instead = (
-        f"; {', '.join(pickled)} would have to be unpickled, which can run code: convert it to "
-        "safetensors first (model.save_pretrained(DIR) of transformers does)"
-        if pickled
-        else ""
-    )
-    raise ValueError(f"--from {source}: no {WEIGHTS} in the folder{instead}.")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Read an object; None if there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object.")
-    return content

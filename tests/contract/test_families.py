@@ -150,6 +150,7 @@ PARAMETERS = {
     "mmdit/d24": 2_028_334_144,
     "mmdit/d30": 3_962_400_064,
     "mmdit/d38": 8_056_627_520,
+    "mmdit/SD3-medium": 2_028_328_000,
     "mmdit/d15_dit": 259_010_944,
     "mmdit/d24_dit": 1_039_248_448,
     "mone/debugmodel": 809_615,

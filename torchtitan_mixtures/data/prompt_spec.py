@@ -6,8 +6,9 @@ own. Embeddings may come from several encoders at once, each of which owns a spa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ class PromptSpec:
     dim: int = 0
     pooled_dim: int = 0
     spans: tuple[EncoderSpan, ...] = ()
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> PromptSpec:
+        """Make one of what `dataclasses.asdict` made of it, in which JSON has lists for tuples."""
+        values: dict[str, Any] = {**table}
+        values["spans"] = tuple(
+            EncoderSpan(span["name"], *(tuple(span[key]) for key in ("rows", "channels", "pooled")))
+            for span in table["spans"]
+        )
+        return cls(**values)
 
     @property
     def num_encoders(self) -> int:

@@ -57,6 +57,10 @@ mmdit_args = Flavors(
         "d24": MMDiTModelArgs(dim=1536, n_layers=24, n_heads=24, position_grid=16),
         "d30": MMDiTModelArgs(dim=1920, n_layers=30, n_heads=30, position_grid=16),
         "d38": MMDiTModelArgs(dim=2432, n_layers=38, n_heads=38, position_grid=16),
+        # The published weights' architecture; that of SD3.5-large is d38.
+        "SD3-medium": MMDiTModelArgs(
+            dim=1536, n_layers=24, n_heads=24, position_grid=16, qk_norm="none"
+        ),
         "d15_dit": MMDiTModelArgs(
             dim=960, n_layers=15, n_heads=15, position_grid=16, single_stream=True
         ),

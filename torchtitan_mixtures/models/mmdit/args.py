@@ -76,6 +76,13 @@ class MMDiTModelArgs(BaseModelArgs):
     resumable_fields: ClassVar[frozenset[str]] = frozenset({"init_seed"})
 
     def __post_init__(self) -> None:
+        # In JSON tuples are lists, and prompts tables.
+        for name in ("prompt_names", "prompt_dims", "num_registers"):
+            setattr(self, name, tuple(getattr(self, name)))
+        self.prompts = tuple(
+            spec if isinstance(spec, PromptSpec) else PromptSpec.from_table(spec)
+            for spec in self.prompts
+        )
         self.check()
 
     @property

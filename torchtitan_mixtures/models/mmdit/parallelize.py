@@ -66,7 +66,7 @@ class Shares:
     """How the streams of one model lie on ranks, in the forward pass that runs or ran last.
 
     A rank's share of a stream is one piece of each of its parts, in the stream's order, each filled
-    up to a multiple of the ranks. A recomputed block reads it again, so the backward pass of a batch
+    up to a multiple of the ranks. Recomputed blocks read it again, so the backward pass of a batch
     must come before the next batch of other lengths.
 
     Args:
@@ -358,10 +358,12 @@ def check_context_parallel(job_config: MixtureJobConfig, model_args: MMDiTModelA
 
 
 def matrix_products(model_args: BaseModelArgs) -> dict[str, int]:
-    """The projections of a block in the order of their calls -> matrix products of each."""
+    """The projections of a block in the order of their calls -> matrix products of each.
+
+    The last block lacks networks of prompts, so these count as one projection.
+    """
     args = cast(MMDiTModelArgs, model_args)
-    *prompts, _ = args.stream_dims
-    streams = len(prompts) + 1
+    streams = len(args.stream_dims)
     is_dynamic = args.num_residual_streams > 1 and args.dynamic_streams
     products = {"modulation": streams}
     if is_dynamic:
@@ -369,11 +371,11 @@ def matrix_products(model_args: BaseModelArgs) -> dict[str, int]:
     if args.num_adaptive_weights > 1:
         products["attention.gates"] = streams
     products |= {"attention.wqkv": streams, "attention.wo": streams}
-    for name in (*prompts, IMAGE):
-        if is_dynamic:
-            products[f"ffn_streams.{name}"] = 1
-        products |= {f"feed_forward.{name}.w1": 1, f"feed_forward.{name}.w2": 1}
-    return products
+    if streams > 1:
+        products["feed_forward"] = (streams - 1) * (3 if is_dynamic else 2)
+    if is_dynamic:
+        products[f"ffn_streams.{IMAGE}"] = 1
+    return products | {f"feed_forward.{IMAGE}.{layer}": 1 for layer in ("w1", "w2")}
 
 
 CUTS = Cuts(
