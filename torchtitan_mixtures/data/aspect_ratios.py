@@ -12,13 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 MAX_RATIO = 4
 """Of the long side to the short one of a shape."""
-
-_MAX_PICTURE_RATIO = 8
-"""Of the sides of a picture; what is beyond it is cut off before anything is enlarged."""
 
 _KEY = "multimodal.aspect_ratios"
 _ALLOWED = f'two whole numbers "width:height" from "1:{MAX_RATIO}" to "{MAX_RATIO}:1", as "4:3"'
@@ -120,34 +116,3 @@ def nearest_bucket(
     # Rounded, so that the last bit of a logarithm does not decide between equals.
     distances = np.abs(pictures[:, None] - shapes).round(9)  # (pictures, buckets)
     return distances.argmin(1)
-
-
-def crop_to_cover(picture: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Shrink a picture until it just covers a rectangle, and keep what is in the middle.
-
-    As `image_files.crop_centre`, of which it is the general case: halved by the mean of 2 x 2
-    pixels while it is at least twice as large as needed, then resized once by bicubic
-    interpolation. Smaller pictures are enlarged.
-
-    Args:
-        picture: RGB, of any size.
-        height: Of the result.
-        width: Of the result.
-
-    Returns:
-        `(height, width, 3)` uint8.
-    """
-    longest = _MAX_PICTURE_RATIO * min(picture.size)
-    if max(picture.size) > longest:
-        picture = _cut_middle(picture, *(min(side, longest) for side in picture.size))
-    while picture.width >= 2 * width and picture.height >= 2 * height:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = max(width / picture.width, height / picture.height)
-    resized = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(resized, Image.Resampling.BICUBIC)
-    return np.asarray(_cut_middle(picture, width, height), np.uint8)
-
-
-def _cut_middle(picture: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))

@@ -76,24 +76,35 @@ def crop_picture(picture: Image.Image, size: int, crop: Crop | None = None) -> N
 def crop_centre(picture: Image.Image, size: int) -> Image.Image:
     """Shrink a picture until its short side is `size`, and keep the square in its middle.
 
-    As in guided diffusion (ADM) and DiT, so that statistics of the same images agree: halved by the
-    mean of 2 x 2 pixels while the short side is at least twice as long as needed, then resized once
-    by bicubic interpolation. Smaller pictures are enlarged.
+    As in guided diffusion (ADM) and DiT, so that statistics of the same images agree.
 
     Args:
         picture: Of any size.
         size: Height and width of the result.
     """
-    short = min(picture.size)
-    if max(picture.size) > _MAX_RATIO * short:
+    return crop_to_cover(picture, size, size)
+
+
+def crop_to_cover(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Shrink a picture until it just covers a rectangle, and keep what is in the middle.
+
+    Halved by the mean of 2 x 2 pixels while it is at least twice as large as needed, then resized
+    once by bicubic interpolation. Smaller pictures are enlarged.
+
+    Args:
+        picture: Of any size.
+        height: Of the result.
+        width: Of the result.
+    """
+    longest = _MAX_RATIO * min(picture.size)
+    if max(picture.size) > longest:
         # A line of 1 x 60,000 pixels would otherwise be enlarged along its whole length.
-        picture = _cut(picture, *(min(side, _MAX_RATIO * short) for side in picture.size))
-    while min(picture.size) >= 2 * size:
+        picture = _cut(picture, *(min(side, longest) for side in picture.size))
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return _cut(picture, size, size)
+    scale = max(width / picture.width, height / picture.height)
+    resized = round(picture.width * scale), round(picture.height * scale)
+    return _cut(picture.resize(resized, Image.Resampling.BICUBIC), width, height)
 
 
 def _cut(picture: Image.Image, width: int, height: int) -> Image.Image:

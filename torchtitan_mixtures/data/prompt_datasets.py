@@ -15,17 +15,19 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torchtitan.tools.logging import logger
 
-from torchtitan_mixtures.data.aspect_ratios import Bucket, crop_to_cover, nearest_bucket
+from torchtitan_mixtures.data.aspect_ratios import Bucket, nearest_bucket
 from torchtitan_mixtures.data.image_datasets import (
     STRINGS,
     PictureRows,
     describe_feature,
     open_columns,
 )
+from torchtitan_mixtures.data.image_files import crop_to_cover
 from torchtitan_mixtures.data.image_sets import to_tensor
 from torchtitan_mixtures.data.prompt_sets import PromptedImage, draw_caption
 from torchtitan_mixtures.data.prompt_texts import Prompter
-from torchtitan_mixtures.data.text_embeddings import digest_captions, usable_captions
+from torchtitan_mixtures.data.samples import usable_captions
+from torchtitan_mixtures.data.text_embeddings import digest_captions
 from torchtitan_mixtures.job_config import Multimodal
 
 _KEYS = ("path", "name", "streaming", "image_column", "caption_column")
@@ -114,8 +116,8 @@ class CaptionedPictures:
         """
         row = self._rows.data[index]
         _, height, width = self.shapes[self.buckets[index]]
-        pixels = crop_to_cover(self._rows.open_picture(row), height, width)
-        return pixels, usable_captions(row[self._config.caption_column])
+        picture = crop_to_cover(self._rows.open_picture(row), height, width)
+        return np.asarray(picture, np.uint8), usable_captions(row[self._config.caption_column])
 
     def key(self, index: int) -> str:
         """What finds the picture again, for messages."""

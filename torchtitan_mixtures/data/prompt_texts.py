@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.prompts import PromptTokens, fill_units
-from torchtitan_mixtures.data.text_embeddings import ENCODE_COMMAND, TextEmbeddings
+from torchtitan_mixtures.data.text_embeddings import TextEmbeddings
 from torchtitan_mixtures.data.text_encoder_files import EncoderFiles, read_encoder_files
 from torchtitan_mixtures.data.tokenizers import build_text_tokenizer
 
@@ -189,9 +189,7 @@ class _EmbeddedTexts:
 
     def __init__(self, folder: str, spec: PromptSpec, split: str) -> None:
         self._embeddings = TextEmbeddings(folder, split)
-        self._folder = folder
         self._spec = spec
-        self._split = split
 
     def make(self, caption: Caption) -> Prompts:
         row = self._embeddings.row(caption.image, caption.number)
@@ -206,12 +204,7 @@ class _EmbeddedTexts:
         return self._embeddings.fingerprint()
 
     def check_captions(self, sha256: str) -> None:
-        if not sha256.startswith(self._embeddings.fingerprint()["hash of the captions"]):
-            raise ValueError(
-                f'multimodal.text_embeddings = "{self._folder}": embeds other captions than split '
-                f'"{self._split}" has; encode those of multimodal.path into a new folder with '
-                f"`{ENCODE_COMMAND}`, or name the data and the caption_column that were encoded."
-            )
+        self._embeddings.check_captions(sha256)
 
     def _name(self, embeddings: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         pooled_only = {f"{TEXT}_pooled": pooled} if self._spec.pooled_dim else {}

@@ -166,6 +166,16 @@ class SampleReader:
         return f"{where} ({name})" if name else where
 
 
+def usable_captions(value: Any) -> list[str]:
+    """The captions of an image in their order: what has anything but white space in it.
+
+    Args:
+        value: Of the column of captions: a string, or a list of them.
+    """
+    candidates = value if isinstance(value, (list, tuple)) else [value]
+    return [text for text in candidates if isinstance(text, str) and text.strip()]
+
+
 def choose_caption(value: Any, draw: float) -> str:
     """The caption of a sample.
 
@@ -176,8 +186,7 @@ def choose_caption(value: Any, draw: float) -> str:
     Raises:
         ValueError: There is no string with anything but white space in it.
     """
-    candidates = value if isinstance(value, (list, tuple)) else [value]
-    usable = [text for text in candidates if isinstance(text, str) and text.strip()]
+    usable = usable_captions(value)
     if not usable:
         kind = "empty" if isinstance(value, (str, list, tuple)) else type(value).__name__
         raise ValueError(f"the caption is {kind}")

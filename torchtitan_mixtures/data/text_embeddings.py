@@ -27,6 +27,7 @@ from torch import Tensor
 
 from torchtitan_mixtures.data.latents import write_json
 from torchtitan_mixtures.data.prompt_spec import EncoderSpan, PromptSpec
+from torchtitan_mixtures.data.samples import usable_captions
 
 INDEX = "text_embeddings.json"
 PLAN = "encoding.json"
@@ -114,16 +115,6 @@ def read_embedding_spec(folder: str) -> PromptSpec:
         ValueError: The folder is missing, incomplete or corrupt.
     """
     return EmbeddingIndex.read(Path(folder).expanduser()).spec
-
-
-def usable_captions(value: Any) -> list[str]:
-    """The captions of an image in their order: what has anything but white space in it.
-
-    Args:
-        value: Of the column of captions: a string, or a list of them.
-    """
-    candidates = value if isinstance(value, (list, tuple)) else [value]
-    return [text for text in candidates if isinstance(text, str) and text.strip()]
 
 
 def digest_captions(values: Iterable[Any]) -> tuple[NDArray[np.int64], str]:
