@@ -185,9 +185,9 @@ class MMDiTModelArgs(BaseModelArgs):
                 per_token += inner * width * choices + 2 * width * hidden
             streams = self.num_residual_streams
             if streams > 1:
-                branches = 1 if is_cut else 2
-                dynamic = streams * width * (streams + 2) if self.dynamic_streams else 0
-                per_token += branches * (dynamic + width * streams * (streams + 1))
+                # A product for each column of a connection, and one that decides it if dynamic.
+                columns = 1 if is_cut else 2 * (streams + 2)
+                per_token += (1 + self.dynamic_streams) * columns * streams * width
             total += lengths[name] * per_token + (2 if is_cut else 6) * self.dim * width
         return total
 
