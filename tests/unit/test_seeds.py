@@ -16,6 +16,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.jobs import ROOT, debug_job
 from torchtitan_mixtures.checks import check_arguments
+from torchtitan_mixtures.models.mmdit import AdaptiveAttention, MMDiT, MMDiTBlock
 from torchtitan_mixtures.models.mone.block import NestedBlock
 from torchtitan_mixtures.models.mone.capacity import Budget
 from torchtitan_mixtures.models.mone.layers import NestedLinearContract, NestedLinearExpand
@@ -195,7 +196,8 @@ def run_import(here):
     names: dict[str, object] = {}
     exec(here.strip("`"), names)
     name = here.strip("`").split()[-1]
-    assert names[name] is {"NestedBlock": NestedBlock}.get(name, compute_capacity_distribution)
+    meant = (NestedBlock, compute_capacity_distribution, MMDiTBlock, MMDiT)
+    assert names[name] in meant and names[name].__name__ == name
 
 
 def run_capacities(here):
@@ -226,7 +228,50 @@ def run_nested_layers(here):
     assert y[:, 33:, :32].all() and not y[:, 33:, 32:].any()
 
 
+def call_of(here_or_seed):
+    """A call as the seed writes it, evaluated with the tensors of its example, but shorter."""
+    names = {
+        "time_cond": torch.randn(2, 256),
+        "text_tokens": torch.randn(2, 5, 768),
+        "text_mask": torch.ones(2, 5, dtype=torch.bool),
+        "image_tokens": torch.randn(2, 7, 512),
+    }
+    names["block"] = MMDiTBlock(
+        dim_joint_attn=512, dim_cond=256, dim_text=768, dim_image=512, qk_rmsnorm=True
+    )
+    names["mmdit"] = MMDiT(
+        depth=2, dim_modalities=(768, 512, 384), dim_joint_attn=512, dim_cond=256, qk_rmsnorm=True
+    )
+    video, audio = torch.randn(2, 9, 512), torch.randn(2, 3, 384)
+    names["modalities"] = (names["text_tokens"], video, audio)
+    return eval(here_or_seed.replace("(...)", "modalities"), names)
+
+
+def run_mmdit_block(here):
+    (seed,) = [seed for seed, _ in table_rows() if seed.startswith("`block(")]
+    assert "skip_feedforward_text_tokens=False" in here
+    text, image = call_of(seed.strip("`"))
+    assert text.shape == (2, 5, 768) and image.shape == (2, 7, 512)
+    call_of(seed.strip("`")[:-1] + ", skip_feedforward_text_tokens=False)")
+
+
+def run_mmdit_trunk(here):
+    (seed,) = [seed for seed, _ in table_rows() if seed.startswith("`mmdit(")]
+    text, video, audio = call_of(seed.strip("`"))
+    assert [x.shape[1:] for x in (text, video, audio)] == [(5, 768), (9, 512), (3, 384)]
+
+
+def run_adaptive_attention(here):
+    attention = AdaptiveAttention(16, heads=2, dim_head=8, num_adaptive_weights=3)
+    assert attention(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+
+
 CHECKS = {
+    "from mmdit import": run_import,
+    "from mmdit.mmdit_generalized_pytorch": run_import,
+    "block(time_cond": run_mmdit_block,
+    "mmdit(modality_tokens": run_mmdit_trunk,
+    "mmdit/adaptive_attention.py": run_adaptive_attention,
     "python train.py --data-path": run_mom_launch_line,
     "torchrun --nproc_per_node=2": run_mom_launch_line,
     "sbatch": run_slurm,
