@@ -15,8 +15,6 @@ from tests.jobs import debug_job
 from torchtitan_mixtures.data.prompt_spec import EncoderSpan, PromptSpec
 from torchtitan_mixtures.layout_checks import check_layout
 from torchtitan_mixtures.models.mmdit.args import MMDiTModelArgs
-from torchtitan_mixtures.models.mmdit.model import MMDiTDenoiser
-from torchtitan_mixtures.models.mmdit.parallelize import parallelize_mmdit
 from torchtitan_mixtures.objectives.conditions import PromptCondition
 from torchtitan_mixtures.objectives.denoising import DenoisingLoss, build_process
 
@@ -83,9 +81,7 @@ MICROBATCH = 4
 @cache
 def _base_job() -> Any:
     """Parsed once for each process: it takes longer than a step."""
-    job = debug_job("mom", "--objective.prompt_dropout=0.3")
-    job.model.name = "mmdit"
-    return job
+    return debug_job("mmdit", "--objective.prompt_dropout=0.3")
 
 
 def make_job(layout: Layout) -> Any:
@@ -96,7 +92,7 @@ def make_job(layout: Layout) -> Any:
 def make_args(variant: str) -> MMDiTModelArgs:
     """The arguments of a variant of three narrow layers."""
     sizes: dict[str, Any] = dict(dim=32, n_layers=3, n_heads=4, patch_size=2, image_size=8)
-    sizes |= dict(in_channels=2, num_timestep_features=16, init_seed=3, learned_variance=True)
+    sizes |= dict(in_channels=2, num_timestep_features=16, init_seed=3)
     sizes |= dict(encoder_layers=1, encoder_dim=16, encoder_heads=2)
     return MMDiTModelArgs(**(sizes | VARIANTS[variant]))
 
@@ -132,23 +128,10 @@ class PromptedRun(Run):
     family = "mmdit"
     microbatch = MICROBATCH
 
-    def __init__(self, is_parallel: bool, job: Any, args: Any, dims: ParallelDims) -> None:
-        self.job, self.dims, self.args = job, dims, args
-        with torch.device("meta"):
-            model: Any = MMDiTDenoiser(args)
-        if is_parallel:
-            model = parallelize_mmdit(model, dims, job)
-        model.to_empty(device="cpu")
-        with torch.no_grad():
-            model.init_weights(buffer_device=torch.device("cpu"))
-        self.model = model
-        self.loss_fn: Any = self.make_loss()
-
     def make_loss(self) -> DenoisingLoss:
         """The objective."""
-        process = build_process(self.job.objective, self.args.in_channels)
-        process.learned_variance = self.args.learned_variance
         objective = self.job.objective
+        process = build_process(objective, self.args.in_channels)
         condition = PromptCondition(self.args.prompts, objective.prompt_dropout)
         return DenoisingLoss(process, self.args, objective, condition, seed=7)
 
