@@ -23,7 +23,11 @@ from torchtitan_mixtures.layout_checks import check_layout
 from torchtitan_mixtures.metrics import reduce_meter
 from torchtitan_mixtures.models.common import init
 from torchtitan_mixtures.models.mom.args import MoMModelArgs
-from torchtitan_mixtures.objectives.denoising import DenoisingLoss, build_process
+from torchtitan_mixtures.objectives.denoising import (
+    DenoisingLoss,
+    build_condition,
+    build_process,
+)
 
 FREE = dict(min_token_experts=0, min_channel_experts=0)
 
@@ -134,7 +138,12 @@ class Run:
         process = build_process(self.job.objective, self.args.in_channels)
         process.learned_variance = self.args.learned_variance
         return DenoisingLoss(
-            process, self.args, self.job.objective, seed=7, sample_mesh=lambda: self.mesh("batch")
+            process,
+            self.args,
+            self.job.objective,
+            build_condition(self.job, self.args),
+            seed=7,
+            sample_mesh=lambda: self.mesh("batch"),
         )
 
     def loss(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:

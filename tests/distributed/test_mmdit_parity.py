@@ -90,7 +90,7 @@ MORE_COMPILED = {"FSDP2": "tokens", "TP2": "odd", "CP2": "everything", "TP2xCP2"
 COMPILED_CASES = [
     ("FSDP2", "one shape", "selective"),
     ("TP2", "odd", "selective"),
-    ("CP2", "one shape", "selective"),
+    pytest.param("CP2", "one shape", "selective", marks=pytest.mark.slow),
     *(pytest.param(*case, kind, marks=pytest.mark.slow)
       for case in MORE_COMPILED.items() for kind in ("none", "full")),
 ]  # fmt: skip

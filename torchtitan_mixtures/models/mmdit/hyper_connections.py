@@ -73,19 +73,25 @@ class Connection(nn.Module):
         """`static` at first: the branch reads one stream."""
         return F.one_hot(torch.tensor(self.index % self.num_streams), self.num_streams)[:, None]
 
+    def parameter(self, name: str) -> Tensor:
+        """A parameter, for parallelism to say what part of it a rank uses."""
+        return getattr(self, name)
+
     def scales(self) -> Tensor:
         """How much the token matters, `(columns,)` or `(1,)`."""
-        return self.scale
+        return self.parameter("scale")
 
     def coefficients(self, state: Tensor) -> Tensor:
         """`(batch, seq, streams, columns)`, float32 or better; if static `(streams, columns)`."""
-        static = self.static.to(torch.promote_types(self.static.dtype, torch.float32))
+        static = self.parameter("static")
+        static = static.to(torch.promote_types(static.dtype, torch.float32))
         if not self.dynamic:
             return static
         # The norm of a stream is a factor of its products: no normed copy of the state is made.
         square = torch.linalg.vector_norm(state, dim=3, keepdim=True, dtype=static.dtype).square()
         inverse = (square / state.shape[3]).clamp(min=TINY).rsqrt()
-        logits = F.linear(state, self.weight * self.norm_weight) * inverse
+        weight = self.parameter("weight") * self.parameter("norm_weight")
+        logits = F.linear(state, weight) * inverse
         return static + self.scales() * logits.tanh()
 
     def init_weights(self) -> None:
@@ -128,7 +134,7 @@ class HyperConnection(Connection):
 
     def scales(self) -> Tensor:
         """How much the token matters, `(columns,)`."""
-        scale_a, scale_b = self.scale.split(1)
+        scale_a, scale_b = self.parameter("scale").split(1)
         return torch.cat([scale_a.expand(self.num_streams + 1), scale_b])
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,11 @@ class PerHeadNorm(nn.Module):
         """`(batch, seq, heads, head_dim)` -> the same shape."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         normed = F.normalize(x.to(dtype), dim=3) * x.shape[3] ** 0.5
-        return (normed * self.weight.to(dtype)).to(x.dtype)
+        return (normed * self.scales().to(dtype)).to(x.dtype)
+
+    def scales(self) -> Tensor:
+        """Scales of the heads of this rank, `(heads, head_dim)`."""
+        return self.weight
 
     def reset_parameters(self) -> None:
         """Set all weights to one."""

@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -21,12 +20,7 @@ from torchtitan_mixtures.context_parallel import AllToAllAttention
 from torchtitan_mixtures.data.aspect_ratios import make_buckets
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models.mmdit.args import IMAGE, MMDiTModelArgs
-from torchtitan_mixtures.models.mmdit.hyper_connections import (
-    TINY,
-    Connection,
-    HyperConnection,
-    StreamReader,
-)
+from torchtitan_mixtures.models.mmdit.hyper_connections import HyperConnection, StreamReader
 from torchtitan_mixtures.models.mmdit.joint_attention import PerHeadNorm
 from torchtitan_mixtures.models.mmdit.model import MMDiTDenoiser, Registers
 from torchtitan_mixtures.models.mmdit.stream_shares import (
@@ -64,43 +58,25 @@ class ReplicatedRegisters(Registers):
 class ShardedPerHeadNorm(PerHeadNorm):
     """A norm of this rank's heads."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, seq, heads / ranks, head_dim)` -> the same shape."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        normed = F.normalize(x.to(dtype), dim=3) * x.shape[3] ** 0.5
-        return (normed * cast(DTensor, self.weight).to_local().to(dtype)).to(x.dtype)
+    def scales(self) -> Tensor:
+        """See `PerHeadNorm`."""
+        return cast(DTensor, self.weight).to_local()
 
 
-class _Replicated(Connection):
-    """A connection of this rank's tokens."""
-
-    def coefficients(self, state: Tensor) -> Tensor:
-        """See `Connection`."""
-        static = own_term(self.static)
-        static = static.to(torch.promote_types(static.dtype, torch.float32))
-        if not self.dynamic:
-            return static
-        weight = own_term(self.weight) * own_term(self.norm_weight)
-        square = torch.linalg.vector_norm(state, dim=3, keepdim=True, dtype=static.dtype).square()
-        inverse = (square / state.shape[3]).clamp(min=TINY).rsqrt()
-        return static + self.scales() * (F.linear(state, weight) * inverse).tanh()
-
-
-class ReplicatedReader(_Replicated, StreamReader):
+class ReplicatedReader(StreamReader):
     """A `StreamReader` of this rank's tokens."""
 
-    def scales(self) -> Tensor:
+    def parameter(self, name: str) -> Tensor:
         """See `Connection`."""
-        return own_term(self.scale)
+        return own_term(getattr(self, name))
 
 
-class ReplicatedConnection(_Replicated, HyperConnection):
+class ReplicatedConnection(HyperConnection):
     """A `HyperConnection` of this rank's tokens."""
 
-    def scales(self) -> Tensor:
+    def parameter(self, name: str) -> Tensor:
         """See `Connection`."""
-        scale_a, scale_b = own_term(self.scale).split(1)
-        return torch.cat([scale_a.expand(self.num_streams + 1), scale_b])
+        return own_term(getattr(self, name))
 
 
 REPLICATED: dict[type[nn.Module], type[nn.Module]] = {
