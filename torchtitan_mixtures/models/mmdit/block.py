@@ -41,6 +41,7 @@ from torchtitan_mixtures.models.mmdit.inputs import (
     check_batches,
     check_mask,
     check_tokens,
+    check_widths,
     count_heads,
     read_condition,
 )
@@ -118,6 +119,7 @@ class JointBlock(nn.Module):
         pre_only: Collection[str] = (),
     ) -> None:
         super().__init__()
+        check_widths(dims)
         unknown = [name for name in pre_only if name not in dims]
         if unknown or len(set(pre_only)) == len(dims):
             raise ValueError(
@@ -292,6 +294,7 @@ class MMDiTBlock(nn.Module):
         softclamp_value: By what.
         num_residual_streams: Residual streams of each token. Several come and go as the package
             has them: `(batch * streams, seq, dim)`, those of a sample one after the other.
+        dynamic_streams: Whether each token decides how streams are mixed.
         ff_kwargs: Options of feed-forward networks; see `FeedForwardOptions`.
         modulation: "film_identity" (the package's), or "zero" (SD3's: an identity at first).
         num_adaptive_weights: Candidates of each projection that tokens choose between.
@@ -315,6 +318,7 @@ class MMDiTBlock(nn.Module):
         softclamp: bool = False,
         softclamp_value: float = 50.0,
         num_residual_streams: int = 1,
+        dynamic_streams: bool = True,
         ff_kwargs: Mapping[str, Any] | None = None,
         modulation: ModulationKind = "film_identity",
         num_adaptive_weights: int = 1,
@@ -333,6 +337,7 @@ class MMDiTBlock(nn.Module):
             num_adaptive_weights=num_adaptive_weights,
             feed_forward=FeedForwardOptions.from_kwargs(ff_kwargs),
             num_residual_streams=num_residual_streams,
+            dynamic_streams=dynamic_streams,
             norm_eps=SEED_NORM_EPS,
         )
         pre_only = ("text",) if pre_only_text else ()

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+DEFAULT_HEADS = 8
+"""Attention heads where neither their number nor their width together is given."""
+
 
 def count_heads(dim_joint_attn: int | None, heads: int | None, dim_head: int) -> int:
     """Say how many attention heads there are.
@@ -14,14 +17,33 @@ def count_heads(dim_joint_attn: int | None, heads: int | None, dim_head: int) ->
     Raises:
         ValueError: `dim_joint_attn` is not `heads * dim_head`.
     """
-    if heads is None:
-        heads = 8 if dim_joint_attn is None else dim_joint_attn // dim_head
+    if dim_head < 1:
+        raise ValueError(f"dim_head = {dim_head}: must be a positive number.")
+    if heads is None and dim_joint_attn is None:
+        return DEFAULT_HEADS
+    if heads is None and dim_joint_attn is not None:
+        if dim_joint_attn < 1 or dim_joint_attn % dim_head:
+            raise ValueError(
+                f"dim_joint_attn = {dim_joint_attn}: must be a multiple of dim_head = {dim_head}, "
+                "as many times as there are heads."
+            )
+        return dim_joint_attn // dim_head
+    assert heads is not None
     if dim_joint_attn is not None and dim_joint_attn != heads * dim_head:
         raise ValueError(
             f"dim_joint_attn = {dim_joint_attn}: must be heads * dim_head, with heads = {heads} "
             f"and dim_head = {dim_head}."
         )
     return heads
+
+
+def check_widths(dims: Mapping[str, int]) -> None:
+    """Raise ValueError for modalities of no width, or no modalities."""
+    if not dims or any(dim < 1 for dim in dims.values()):
+        raise ValueError(
+            f"widths of modalities are {list(dims.values())}: there must be one or more, each a "
+            "positive number."
+        )
 
 
 def check_tokens(what: str, tokens: Tensor, dim: int) -> None:

@@ -15,7 +15,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,7 @@ class MMDiTDenoiser(ModelProtocol):
         self.registers = nn.ModuleDict(
             {name: Registers(number, widths[name]) for name, number in args.registers.items()}
         )
+        self._places: dict[Any, Tensor] = {}  # positions of images of each shape
         self.streams = nn.Identity()  # for parallelism to cut what enters the blocks
         last = args.n_layers - 1
         prompts = [name for name in widths if name != IMAGE]
@@ -184,11 +185,13 @@ class MMDiTDenoiser(ModelProtocol):
         args = self.model_args
         patches = patchify(latents, args.patch_size).to(self.x_embedder.weight.dtype)
         rows, columns = (side // args.patch_size for side in latents.shape[2:])
-        side = args.image_size // args.patch_size
-        table = centred_position_table(
-            args.dim, rows, columns, side, args.position_grid or side, latents.device
-        )
-        return self.x_embedder(patches) + table.to(patches.dtype)
+        key = rows, columns, latents.device, patches.dtype
+        if key not in self._places:
+            side = args.image_size // args.patch_size
+            scaled = args.position_grid or side
+            table = centred_position_table(args.dim, rows, columns, side, scaled, latents.device)
+            self._places[key] = table.to(patches.dtype)
+        return self.x_embedder(patches) + self._places[key]
 
     def _embed_prompt(
         self, spec: PromptSpec, prompts: Mapping[str, Tensor], kept: Tensor | None

@@ -33,6 +33,7 @@ from torchtitan_mixtures.models.mmdit.inputs import (
     check_batches,
     check_mask,
     check_tokens,
+    check_widths,
     count_heads,
     read_condition,
 )
@@ -103,6 +104,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"depth = {depth}: must be 1 or more.")
         self.num_streams = num_residual_streams
         self.dims = {str(number): dim for number, dim in enumerate(dim_modalities)}
+        check_widths(self.dims)
         config = BlockConfig(
             n_heads=count_heads(dim_joint_attn, heads, dim_head),
             head_dim=dim_head,
