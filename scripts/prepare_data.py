@@ -162,7 +162,7 @@ def encode_latents(arguments: argparse.Namespace) -> None:
     index = encode(encoding, lambda line: print(line, flush=True))
     images = sum(shard.images for shards in index.splits.values() for shard in shards)
     what = "with captions" if index.is_captioned else f"of {len(index.class_names)} classes"
-    shapes = " ".join(encoding.aspect_ratios)
+    shapes = ",".join(encoding.aspect_ratios)
     print(
         f"{images} images {what} in {arguments.out}; train with "
         f"--multimodal.source folder --multimodal.path {arguments.out} "
@@ -176,8 +176,9 @@ def add_encode_text(subcommands: "argparse._SubParsersAction[argparse.ArgumentPa
     parser = subcommands.add_parser(
         "encode-text",
         help="embed the captions of a data set with frozen encoders, for text_embeddings",
-        description="Embed all captions of splits of a data set with CLIP and T5 encoders, joined "
-        "as in Stable Diffusion 3. A run that was ended goes on where it was if it is repeated.",
+        description="Embed all captions of splits of a data set with encoders of transformers, "
+        "joined as in Stable Diffusion 3. A run that was ended goes on where it was if it is "
+        "repeated.",
         allow_abbrev=False,
     )
     parser.add_argument("--path", required=True, help="the data set, as in multimodal.path")
@@ -209,6 +210,13 @@ def add_encode_text(subcommands: "argparse._SubParsersAction[argparse.ArgumentPa
         help="store float16 (or bfloat16) instead of float32",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="what the encoders compute in, as in multimodal.text_encoder_dtype (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=32, help="captions at a time (default: %(default)s)"
     )
     parser.add_argument(
@@ -233,6 +241,7 @@ def encode_text(arguments: argparse.Namespace) -> None:
         splits=tuple(dict.fromkeys(arguments.splits)),
         caption_column=arguments.caption_column,
         dtype=arguments.half,
+        compute_dtype=arguments.dtype,
         long_prompts=arguments.long_prompts,
         batch_size=arguments.batch_size,
     )

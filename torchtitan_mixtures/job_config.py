@@ -147,9 +147,12 @@ class Multimodal:
     window. Those that are cut are counted and logged."""
 
     text_encoders: list[str] = field(default_factory=list)
-    """For models of prompted images: local folders of frozen text encoders (CLIP, T5) in the format
-    of `transformers` (an extra: pip install "torchtitan_mixtures[text]"), joined as in Stable
-    Diffusion 3. Empty = the model learns an encoder of its own."""
+    """For models of prompted images: local folders of frozen text encoders (CLIP, T5 or others) in
+    the format of `transformers` (an extra: pip install "torchtitan_mixtures[text]"), joined as in
+    Stable Diffusion 3. Empty = the model learns an encoder of its own."""
+
+    text_encoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What `text_encoders` compute in and are held in memory in; their embeddings are float32."""
 
     text_embeddings: str = ""
     """For models of prompted images: folder that `scripts/prepare_data.py encode-text` wrote, in
@@ -188,6 +191,11 @@ class Multimodal:
             raise ValueError(
                 f"multimodal.prompt_length = {self.prompt_length}: must be 0 (as the flavour says) "
                 "or 3 or more, two of which frame the text."
+            )
+        if self.text_encoder_dtype != "float32" and not self.text_encoders:
+            raise ValueError(
+                f"multimodal.text_encoder_dtype = {self.text_encoder_dtype!r}: there are no "
+                "multimodal.text_encoders that it is about; remove it."
             )
         if self.text_encoders and self.text_embeddings:
             raise ValueError(

@@ -11,8 +11,8 @@ from torchtitan_mixtures.classifier_checks import refuse_keys
 from torchtitan_mixtures.job_config import MixtureJobConfig
 
 PROMPT_KEYS = (
-    *("prompt_length", "long_prompts", "text_encoders", "text_embeddings"),
-    "aspect_ratios",
+    *("prompt_length", "long_prompts", "text_encoders", "text_encoder_dtype"),
+    *("text_embeddings", "aspect_ratios"),
 )
 """Keys of `[multimodal]` that only models with prompts read."""
 

@@ -27,6 +27,7 @@ from torchtitan_mixtures.data.latents import write_json
 from torchtitan_mixtures.data.opening import open_split
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.text_embeddings import (
+    DTYPES,
     FORMAT_VERSION,
     INDEX,
     PLAN,
@@ -46,8 +47,6 @@ from torchtitan_mixtures.job_config import Multimodal
 
 SHARD_BYTES = 1 << 28
 """About how large shards are; one is in memory while it is made."""
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _TRUNCATED = "truncated"
 """Key of a shard's metadata: for each encoder the captions that were cut, as a JSON list."""
@@ -82,6 +81,9 @@ class TextEncoding:
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """How embeddings are stored."""
+
+    compute_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What encoders compute in, as in `multimodal.text_encoder_dtype`."""
 
     long_prompts: LongPrompts = "truncate"
     """What happens to a caption that is longer than an encoder's window."""
@@ -151,7 +153,11 @@ def encode(encoding: TextEncoding, report: Callable[[str], None]) -> EmbeddingIn
         report(f"{split}: {captions.count} captions of {len(captions.starts) - 1} images")
     total = sum(captions.count for captions in splits.values()) * caption_bytes
     report(f"{caption_bytes} bytes per caption, {total / 1e9:.3f} GB in all")
-    settings = {"captions in a shard": per_shard, "long_prompts": encoding.long_prompts}
+    settings = {
+        "captions in a shard": per_shard,
+        "long_prompts": encoding.long_prompts,
+        "compute_dtype": encoding.compute_dtype,
+    }
     _check_room(encoding, total)
     _begin(encoding.out, {**about, **settings}, {s: c.sha256 for s, c in splits.items()})
     if (encoding.out / INDEX).is_file():
@@ -179,7 +185,9 @@ class _Encoder:
         self._encoding = encoding
         self._spec = spec
         self._report = report
-        self._encoders = FrozenTextEncoders(encoding.encoders, device, encoding.long_prompts)
+        self._encoders = FrozenTextEncoders(
+            encoding.encoders, device, encoding.long_prompts, DTYPES[encoding.compute_dtype]
+        )
         self._next_report = time.monotonic()
 
     def encode_split(self, split: str, captions: Captions, per_shard: int) -> EmbeddingSplit:

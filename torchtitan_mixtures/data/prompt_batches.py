@@ -70,16 +70,22 @@ class PromptCollator:
         inputs = {"input": torch.zeros(size, *shape)}
         if self.images.has_std:
             inputs["latent_std"] = torch.zeros(size, *shape)
-        for key, blank in self.images.prompter.blank.items():
-            inputs[key] = blank.expand(size, *blank.shape).clone()
+        blanks = self.images.prompter.blank
+        for key, blank in blanks.items():
+            inputs[key] = blank.new_empty(size, *blank.shape)
         inputs["sample_index"] = torch.zeros(size, dtype=torch.int64)
         num_tokens = (shape[1] // self.patch) * (shape[2] // self.patch)
         labels = torch.full((size, num_tokens), IGNORE_INDEX)
+        blank_rows = set(range(size))
         for row, draw in enumerate(draws):
             inputs["sample_index"][row] = draw.number
             if draw.image is not None:
                 _put_row(inputs, row, draw.image)
                 labels[row] = 0
+                blank_rows.remove(row)
+        for row in blank_rows:
+            for key, blank in blanks.items():
+                inputs[key][row] = blank
         broken = [each for draw in draws for each in draw.broken]
         num_truncated = sum(image.num_truncated for image in read)
         return CollatedDraws(inputs, labels, len(read), broken, num_truncated)

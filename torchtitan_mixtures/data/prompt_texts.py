@@ -4,9 +4,11 @@
 |-----------------------|--------------------------|-------------------------------------------|
 | `prompt_text`         | `(length,)` int64        | tokens, for an encoder inside the model   |
 | `prompt_text_ids_{e}` | `(window_e,)` int64      | token ids, for frozen encoder number e    |
-| `prompt_text`         | `(length, dim)` float32  | embeddings that were made before          |
-| `prompt_text_pooled`  | `(pooled_dim,)` float32  | likewise, if they have such               |
+| `prompt_text`         | `(length, dim)`          | embeddings made before, as they are kept  |
+| `prompt_text_pooled`  | `(pooled_dim,)`          | likewise, if they have such               |
 | `prompt_speech`       | `(length,)` int64        | units of speech; all null: nothing spoken |
+
+Embeddings keep the type they are stored in, which halves what is moved; the model casts them.
 """
 
 from __future__ import annotations
@@ -197,8 +199,9 @@ class _EmbeddedTexts:
         return Prompts(self._name(embeddings, pooled), 0)
 
     def blank(self) -> dict[str, Tensor]:
-        spec = self._spec
-        return self._name(torch.zeros(spec.length, spec.dim), torch.zeros(spec.pooled_dim))
+        spec, dtype = self._spec, self._embeddings.dtype
+        embeddings = torch.zeros(spec.length, spec.dim, dtype=dtype)
+        return self._name(embeddings, torch.zeros(spec.pooled_dim, dtype=dtype))
 
     def fingerprint(self) -> dict[str, Any]:
         return self._embeddings.fingerprint()

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchtitan_mixtures.data.latents import write_json
-from torchtitan_mixtures.data.prompt_spec import EncoderSpan, PromptSpec
+from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.samples import usable_captions
 
 INDEX = "text_embeddings.json"
@@ -35,6 +35,9 @@ PLAN = "encoding.json"
 
 FORMAT_VERSION = 1
 ENCODE_COMMAND = "python scripts/prepare_data.py encode-text"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Those that embeddings are stored in."""
 
 _KEY = "multimodal.text_embeddings"
 
@@ -93,9 +96,10 @@ class EmbeddingIndex:
             version = entries.pop("format_version")
             if version != FORMAT_VERSION:
                 raise _file_error(path, f"of format version {version}, not {FORMAT_VERSION}")
+            DTYPES[entries["dtype"]]  # one that is unknown counts as corrupt
             splits = {split: _read_split(values) for split, values in entries["splits"].items()}
             return EmbeddingIndex(
-                spec=_read_spec(entries["spec"]),
+                spec=PromptSpec.from_table(entries["spec"]),
                 dtype=entries["dtype"],
                 caption_column=entries["caption_column"],
                 encoders_sha256=tuple(entries["encoders_sha256"]),
@@ -145,6 +149,7 @@ class TextEmbeddings:
 
     Attributes:
         spec: What the embeddings are.
+        dtype: As they are stored.
 
     Raises:
         ValueError: The split or a file is missing, or a file is corrupt; names it.
@@ -154,6 +159,7 @@ class TextEmbeddings:
         self._folder = Path(folder).expanduser()
         self._index = EmbeddingIndex.read(self._folder)
         self.spec = self._index.spec
+        self.dtype = DTYPES[self._index.dtype]
         if split not in self._index.splits:
             raise ValueError(
                 f'{_KEY} = "{folder}": has no split "{split}"; its splits are '
@@ -175,11 +181,6 @@ class TextEmbeddings:
     def __len__(self) -> int:
         """Captions of the split."""
         return self._split.captions
-
-    @property
-    def num_images(self) -> int:
-        """Rows of the split of the data set, those without a caption included."""
-        return self._split.images
 
     def num_captions(self, image: int) -> int:
         """Captions of an image; 0 if none has anything but white space in it.
@@ -204,7 +205,7 @@ class TextEmbeddings:
         """Read the embeddings of one caption.
 
         Returns:
-            `(length, dim)` and `(pooled_dim,)`, float32.
+            `(length, dim)` and `(pooled_dim,)`, both of `dtype`.
         """
         number = int(np.searchsorted(self._shard_starts, row, side="right")) - 1
         return self._reader(number).read(row - int(self._shard_starts[number]))
@@ -263,15 +264,18 @@ class _ShardReader:
             self.images: NDArray[np.int64] = file.get_tensor("images").numpy()
             self._parts = [file.get_slice(name) for name in ("embeddings", "pooled")]
             shapes = [tuple(part.get_shape()) for part in self._parts]
+            dtypes = {part[:0].dtype for part in self._parts}
         except (OSError, SafetensorError) as error:
             raise _file_error(path, f"corrupt ({error})") from error
         count = shard.captions
         expected = [(count, spec.length, spec.dim), (count, spec.pooled_dim)]
         if shapes != expected or self.images.shape != (count,):
             raise _file_error(path, f"not as {INDEX} says (tensors of shape {shapes})")
+        if dtypes != {DTYPES[index.dtype]}:
+            raise _file_error(path, f"not as {INDEX} says (tensors of {dtypes})")
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        embeddings, pooled = (part[row : row + 1][0].to(torch.float32) for part in self._parts)
+        embeddings, pooled = (part[row : row + 1][0] for part in self._parts)
         return embeddings, pooled
 
 
@@ -279,15 +283,6 @@ def _read_split(values: dict[str, Any]) -> EmbeddingSplit:
     values["truncated"] = tuple(values["truncated"])
     values["shards"] = tuple(EmbeddingShard(**shard) for shard in values["shards"])
     return EmbeddingSplit(**values)
-
-
-def _read_spec(values: dict[str, Any]) -> PromptSpec:
-    spans = []
-    for span in values["spans"]:
-        ranges = {key: tuple(span[key]) for key in ("rows", "channels", "pooled")}
-        spans.append(EncoderSpan(name=span["name"], **ranges))
-    values["spans"] = tuple(spans)
-    return PromptSpec(**values)
 
 
 def _file_error(path: Path, problem: str) -> ValueError:

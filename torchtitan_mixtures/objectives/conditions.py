@@ -90,14 +90,20 @@ class PromptCondition:
         specs: Those of the model.
         dropout: Share of samples that lose what one encoder says of a prompt.
         encoders: Folders of the frozen encoders of texts that come as ids; empty: none do.
+        encoder_dtype: What these compute in.
     """
 
     def __init__(
-        self, specs: Sequence[PromptSpec], dropout: float, encoders: Sequence[str] = ()
+        self,
+        specs: Sequence[PromptSpec],
+        dropout: float,
+        encoders: Sequence[str] = (),
+        encoder_dtype: str = "float32",
     ) -> None:
         self._specs = specs
         self._dropout = dropout
         self._folders = encoders
+        self._encoder_dtype = getattr(torch, encoder_dtype)
         self._encoders: Any = None  # loaded when the first batch comes
 
     def encode(self, input_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,7 +116,7 @@ class PromptCondition:
             from torchtitan_mixtures.data.text_encoders import FrozenTextEncoders
 
             device = input_dict[names[0]].device
-            self._encoders = FrozenTextEncoders(self._folders, device)
+            self._encoders = FrozenTextEncoders(self._folders, device, dtype=self._encoder_dtype)
         ids = [input_dict[f"{prefix}{number}"] for number in range(len(names))]
         embeddings, pooled = self._encoders.encode_ids(ids)
         encoded = {k: v for k, v in input_dict.items() if k not in names}

@@ -135,7 +135,8 @@ class PromptEncoder:
         if text_encoders:
             from torchtitan_mixtures.data.text_encoders import FrozenTextEncoders
 
-            self._encoders = FrozenTextEncoders(text_encoders, device, config.long_prompts)
+            dtype = getattr(torch, config.text_encoder_dtype)
+            self._encoders = FrozenTextEncoders(text_encoders, device, config.long_prompts, dtype)
             self._tokenizer: Tokenizer = self._encoders.tokenizers
         else:
             self._tokenizer = _OwnTokens(config, _text_spec(specs))

@@ -26,6 +26,8 @@ from tests.unit.data.prompt_jobs import (
 )
 from torchtitan_mixtures.data import prompt_datasets, prompt_texts
 from torchtitan_mixtures.data.aspect_ratios import make_buckets
+from torchtitan_mixtures.data.image_batches import Draw
+from torchtitan_mixtures.data.prompt_batches import PromptCollator
 from torchtitan_mixtures.data.prompt_loader import (
     build_prompt_dataloader,
     build_prompt_validation_dataloader,
@@ -294,7 +296,7 @@ SPEC = PromptSpec(
 )
 
 
-def write_embeddings(folder: Path, captions: dict[str, list]) -> str:
+def write_embeddings(folder: Path, captions: dict[str, list], dtype: str = "float32") -> str:
     """Embeddings that say which image and caption they are of."""
     folder.mkdir()
     splits = {}
@@ -303,15 +305,15 @@ def write_embeddings(folder: Path, captions: dict[str, list]) -> str:
         pairs = [(i, c) for i in range(len(of_images)) for c in range(starts[i + 1] - starts[i])]
         where = torch.tensor(pairs, dtype=torch.float32)  # (captions, 2)
         tensors = {
-            "embeddings": where.repeat(1, 2)[:, None].repeat(1, 3, 1),
-            "pooled": where,
+            "embeddings": where.repeat(1, 2)[:, None].repeat(1, 3, 1).to(getattr(torch, dtype)),
+            "pooled": where.to(getattr(torch, dtype)),
             "images": where[:, 0].long(),
         }
         file = folder / f"{split}.safetensors"
         save_file(tensors, file)
         shard = EmbeddingShard(file.name, len(pairs), file.stat().st_size)
         splits[split] = EmbeddingSplit(len(of_images), len(pairs), sha256, (0,), (shard,))
-    EmbeddingIndex(SPEC, "float32", "caption", ("0" * 64,), splits).write(folder)
+    EmbeddingIndex(SPEC, dtype, "caption", ("0" * 64,), splits).write(folder)
     return str(folder)
 
 
@@ -335,6 +337,24 @@ def test_embeddings_are_those_of_the_caption_that_was_drawn(tmp_path):
     assert inputs["prompt_text"].shape == (3, 3, 4)
     assert inputs["prompt_text_pooled"].shape == (3, 2)
     assert inputs["prompt_text"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_batch_has_embeddings_in_the_type_they_are_stored_in(tmp_path, dtype):
+    folder = write_both(tmp_path / "data")
+    captions = {"train": read_captions(folder, "train")}
+    made = write_embeddings(tmp_path / "out", captions, dtype)
+    images = open_train(captioned_job(folder, text_embeddings=made))
+    draws = [Draw(n, images.read(n, document_rng(0, n, "prompt")), []) for n in (3, 7)]
+    draws.insert(1, Draw(4, None, []))
+    inputs, labels, *_ = PromptCollator(images, 2, batch_size=5)(draws)
+    for key, width in (("prompt_text", 3 * 4), ("prompt_text_pooled", 2)):
+        assert inputs[key].dtype == getattr(torch, dtype)
+        rows = inputs[key].float().reshape(5, width)
+        expected = torch.zeros(5, width)  # blank without a sample: where one is missing, at the end
+        expected[0, ::2], expected[2, ::2] = 3, 7
+        assert torch.equal(rows, expected)
+    assert (labels[:, 0] == 0).tolist() == [True, False, True, False, False]
 
 
 def test_embeddings_of_other_captions_are_refused(tmp_path):

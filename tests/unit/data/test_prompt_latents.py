@@ -254,5 +254,5 @@ def test_the_command_encodes_and_says_how_to_train(folder, vae, tmp_path, monkey
     runpy.run_path(script, run_name="__main__")
     said = capsys.readouterr().out
     assert f"10 images with captions in {tmp_path / 'out'}; train with" in said
-    assert said.strip().endswith("--multimodal.image_size 8 --multimodal.aspect_ratios 1:1 2:1 1:2")
+    assert said.strip().endswith("--multimodal.image_size 8 --multimodal.aspect_ratios 1:1,2:1,1:2")
     assert len(open_train(latent_job(tmp_path / "out"))) == 7

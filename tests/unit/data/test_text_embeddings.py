@@ -52,7 +52,7 @@ def change_index(folder, **values):
 
 def test_rows_are_those_of_images_and_their_captions(original):
     embeddings = TextEmbeddings(str(original), "train")
-    counts = [embeddings.num_captions(image) for image in range(embeddings.num_images)]
+    counts = [embeddings.num_captions(image) for image in range(6)]
     assert counts == [2, 0, 1, 2, 1, 0] and len(embeddings) == 6
     rows = [embeddings.row(image, n) for image, count in enumerate(counts) for n in range(count)]
     assert rows == list(range(6))

@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.unit.data.tiny_encoders import CLIP_WINDOW, save_clip, save_t5
+from torchtitan_mixtures import data
 from torchtitan_mixtures.data.prompt_spec import EncoderSpan
 from torchtitan_mixtures.data.text_encoder_files import hash_encoder, read_encoder_files
 from torchtitan_mixtures.data.text_encoders import (
@@ -25,6 +26,8 @@ from torchtitan_mixtures.data.text_encoders import (
     PromptTokenizers,
     frozen_prompt_spec,
 )
+from torchtitan_mixtures.job_config import Multimodal
+from torchtitan_mixtures.objectives.conditions import PromptCondition
 
 TEXTS = ["a red fox", "two green apple above a blue bell"]
 
@@ -192,6 +195,27 @@ def test_half_precision_computes_about_the_same(root):
         assert (one - other).norm() < 0.05 * other.norm()
 
 
+def test_encoders_beside_a_model_compute_in_the_type_of_the_configuration(root):
+    names = folders(root, "projected", "t5")
+    exact, rough = (
+        PromptCondition((frozen_prompt_spec(names),), 0.0, names, dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    ids = PromptTokenizers(names).tokenize(TEXTS[0])
+    batch = {f"prompt_text_ids_{number}": row[None] for number, row in enumerate(ids)}
+    expected = FrozenTextEncoders(names, "cpu", dtype=torch.bfloat16).encode(TEXTS[:1])
+    found = rough.encode(batch)
+    assert torch.equal(found["prompt_text"], expected[0])
+    assert torch.equal(found["prompt_text_pooled"], expected[1])
+    assert not torch.equal(exact.encode(batch)["prompt_text"], expected[0])
+
+
+def test_a_type_of_encoders_that_are_not_there_is_refused():
+    Multimodal(text_encoders=["clip"], text_encoder_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"text_encoder_dtype = 'float16': there are no"):
+        Multimodal(text_encoder_dtype="float16")
+
+
 def test_ids_fill_the_windows_and_long_texts_are_cut_and_counted(root):
     names = folders(root, "projected", "t5")
     tokenizers = PromptTokenizers(names)
@@ -300,6 +324,7 @@ def test_what_embeddings_are_is_read_without_transformers_and_weights(copied, mo
     expected = frozen_prompt_spec([str(folder)])
     monkeypatch.setitem(sys.modules, "transformers", None)  # what is imported later fails
     for name in ("text_encoders", "text_encoder_files"):
+        monkeypatch.setattr(data, name, getattr(data, name))  # importing sets it: to be undone
         monkeypatch.delitem(sys.modules, f"torchtitan_mixtures.data.{name}")
     fresh = importlib.import_module("torchtitan_mixtures.data.text_encoders")
     with pytest.raises(ValueError, match=r'pip install "torchtitan_mixtures\[text\]"'):

@@ -154,7 +154,7 @@ class FakeTokenizers:
 class FakeEncoders:
     """Letters as numbers."""
 
-    def __init__(self, folders, device, long_prompts="truncate"):
+    def __init__(self, folders, device, long_prompts="truncate", dtype=torch.float32):
         self.tokenizers = FakeTokenizers(folders, long_prompts)
 
     def encode_ids(self, ids):
@@ -194,6 +194,13 @@ def test_embeddings_are_those_that_a_run_with_the_same_encoders_trains_on(tmp_pa
     torch.testing.assert_close(found.tensors["text_pooled"], pooled)
     assert found.kept.tolist() == [[True, True]] * 2
     assert len(warnings) == 1 and "apple" in warnings[0]
+    job.multimodal.text_encoder_dtype = "bfloat16"
+    rough = PromptEncoder(job, specs, "cpu", folders, warn=warnings.append).encode(texts)
+    half = text_encoders.FrozenTextEncoders(folders, "cpu", dtype=torch.bfloat16)
+    assert rough.tensors["text"].dtype == torch.float32
+    assert not torch.equal(rough.tensors["text"], embeddings)
+    for row, text in enumerate(texts):
+        assert torch.equal(rough.tensors["text"][row], half.encode([text])[0][0])
     with pytest.raises(ValueError, match=r"^--text-encoders .*t5 .*clip: they make"):
         choose_text_encoders(job, specs, folders[::-1], "--text-encoders")
 
