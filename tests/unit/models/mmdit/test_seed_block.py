@@ -1,3 +1,4 @@
+import inspect
 import random
 
 import pytest
@@ -115,6 +116,8 @@ def test_text_leaves_its_feed_forward_network_out_by_default():
 
 
 ARGUMENTS = {
+    "dim_text": {"dim_text": 7},
+    "dim_image": {"dim_image": 9},
     "dim_joint_attn": {"dim_joint_attn": 12, "heads": None},
     "dim_cond": {"dim_cond": None},
     "dim_head": {"dim_head": 8},
@@ -123,17 +126,28 @@ ARGUMENTS = {
     "softclamp": {"softclamp": True, "softclamp_value": 1.0},
     "softclamp_value": {"softclamp": True, "softclamp_value": 0.5},
     "num_residual_streams": {"num_residual_streams": 2},
+    "dynamic_streams": {"num_residual_streams": 4, "dynamic_streams": False},
+    "layer_index": {"num_residual_streams": 4, "layer_index": 1},
     "ff_kwargs": {"ff_kwargs": {"swish": True}},
     "modulation": {"modulation": "zero"},
     "num_adaptive_weights": {"num_adaptive_weights": 2},
     "pre_only_text": {"pre_only_text": True},
 }
+# What the others are without the change.
+BEFORE = {
+    "softclamp_value": {"softclamp": True},
+    "dynamic_streams": {"num_residual_streams": 4},
+    "layer_index": {"num_residual_streams": 4},
+}
+
+
+def test_the_table_has_every_argument():
+    assert set(ARGUMENTS) == set(inspect.signature(MMDiTBlock).parameters)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_argument_does_something(name):
-    before = seed_block(**({"softclamp": True} if name == "softclamp_value" else {}))
-    after = seed_block(**ARGUMENTS[name])
+    before, after = seed_block(**BEFORE.get(name, {})), seed_block(**ARGUMENTS[name])
     shapes = [{n: p.shape for n, p in block.named_parameters()} for block in (before, after)]
     if shapes[0] == shapes[1]:
         assert differs(call(before)[1], call(after)[1])

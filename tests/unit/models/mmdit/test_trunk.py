@@ -1,3 +1,4 @@
+import inspect
 import random
 
 import pytest
@@ -265,6 +266,7 @@ def test_modalities_without_output_change_nothing_in_the_others():
 
 ARGUMENTS = {
     "depth": {"depth": 3},
+    "dim_modalities": {"dim_modalities": (6, 8, 7)},
     "dim_joint_attn": {"dim_joint_attn": 12, "heads": None},
     "dim_cond": {"dim_cond": None},
     "dim_head": {"dim_head": 8},
@@ -281,6 +283,10 @@ ARGUMENTS = {
     "num_adaptive_weights": {"num_adaptive_weights": 2},
     "pre_only_last": {"pre_only_last": (0,)},
 }
+
+
+def test_the_table_has_every_argument():
+    assert set(ARGUMENTS) == set(inspect.signature(MMDiT).parameters)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
