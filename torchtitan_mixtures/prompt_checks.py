@@ -51,11 +51,6 @@ def check_prompted(job_config: MixtureJobConfig, model_args: Any) -> None:
     data = job_config.multimodal
     if data.source == "emoji":
         refuse_keys(job_config, "multimodal", "a column on emoji", ("caption_column",))
-        if data.aspect_ratios:
-            raise ValueError(
-                f"multimodal.aspect_ratios = {data.aspect_ratios}: the drawings of emoji are "
-                "square; remove the key."
-            )
     elif data.scene_fraction != type(data)().scene_fraction:
         raise ValueError(
             f"multimodal.scene_fraction = {data.scene_fraction}: scenes are composed of emoji, "
