@@ -37,11 +37,8 @@ from torchtitan_mixtures.data.text_embeddings import (
     digest_captions,
     usable_captions,
 )
-from torchtitan_mixtures.data.text_encoder_files import (
-    hash_encoder,
-    join_encoders,
-    read_encoder_files,
-)
+from torchtitan_mixtures.data.text_encoder_families import join_encoders, read_encoder_files
+from torchtitan_mixtures.data.text_encoder_files import hash_encoder
 from torchtitan_mixtures.data.text_encoders import FrozenTextEncoders, LongPrompts
 from torchtitan_mixtures.job_config import Multimodal
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.prompts import PromptTokens, fill_units
 from torchtitan_mixtures.data.text_embeddings import TextEmbeddings
-from torchtitan_mixtures.data.text_encoder_files import EncoderFiles, read_encoder_files
+from torchtitan_mixtures.data.text_encoder_families import read_encoder_files
+from torchtitan_mixtures.data.text_encoder_files import EncoderFiles
 from torchtitan_mixtures.data.tokenizers import build_text_tokenizer
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 Their outputs are joined as in Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, figure 2):
 of CLIP models the hidden states before the last layer, side by side, and the pooled embeddings one
 after the other; of T5 models the last hidden states, below. Like there, no mask hides the tokens
-that fill a text up.
+that fill a text up. Any other model of texts gives its last hidden states, below, too.
 
 Nothing is downloaded, only safetensors are read, and no code out of a folder is run.
 """
@@ -20,36 +20,24 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
+from torchtitan_mixtures.data.text_encoder_families import (
+    family_of,
+    join_encoders,
+    read_encoder_files,
+)
 from torchtitan_mixtures.data.text_encoder_files import (
     EncoderFiles,
     check_tokenizer,
     encoder_error,
-    join_encoders,
-    read_encoder_files,
     weight_files,
 )
 
 LongPrompts = Literal["truncate", "refuse"]
 
-_MODEL_CLASS = {
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-}  # by `model_type`; that of CLIP depends on the projection
-_CONFIG_CLASS = {
-    "clip_text_model": "CLIPConfig",
-    "clip": "CLIPConfig",
-    "t5": "T5Config",
-    "mt5": "MT5Config",
-    "umt5": "UMT5Config",
-}  # of the family of tokenizers, where the tokenizer does not say it
 _LOAD_ERRORS = (
     *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
     SafetensorError,
 )  # what `from_pretrained` raises of broken files, and of quantized ones
-_LEGACY_END = 2
-"""The end token that the first CLIP models name, wrongly: with it `transformers` takes the largest
-id of a text for its end."""
 
 
 def frozen_prompt_spec(folders: Sequence[str]) -> PromptSpec:
@@ -73,6 +61,7 @@ class PromptTokenizers:
 
     Attributes:
         truncated: For each encoder the texts that were cut.
+        pad_tokens: For each encoder the id that fills texts up.
 
     Raises:
         ValueError: A tokenizer is missing or broken, or `transformers` is not installed.
@@ -84,6 +73,7 @@ class PromptTokenizers:
         self._is_refusing = long_prompts == "refuse"
         self._tokenizers = [_load_tokenizer(files) for files in self._files]
         self.truncated = [0] * len(self._files)
+        self.pad_tokens: list[int] = [each.pad_token_id for each in self._tokenizers]
 
     def tokenize(self, text: str) -> list[Tensor]:
         """Make the ids of one text.
@@ -165,18 +155,13 @@ class FrozenTextEncoders:
         kind = {"dtype": torch.float32, "device": self._device}
         embeddings = torch.zeros(batch, self.spec.length, self.spec.dim, **kind)
         pooled = torch.zeros(batch, self.spec.pooled_dim, **kind)
-        parts = zip(self._files, self._models, self.spec.spans, ids, strict=True)
-        for files, model, span, tokens in parts:
-            tokens = tokens.to(self._device)
-            rows, channels = slice(*span.rows), slice(*span.channels)
-            if files.family == "clip":
-                output = model(input_ids=tokens, output_hidden_states=True)
-                embeddings[:, rows, channels] = output.hidden_states[-2].float()
-                vector = output.text_embeds if files.is_projected else output.pooler_output
+        pads = self.tokenizers.pad_tokens
+        parts = zip(self._files, self._models, self.spec.spans, ids, pads, strict=True)
+        for files, model, span, tokens, pad in parts:
+            states, vector = family_of(files).embed(model, files, tokens.to(self._device), pad)
+            embeddings[:, slice(*span.rows), slice(*span.channels)] = states.float()
+            if vector is not None:
                 pooled[:, slice(*span.pooled)] = vector.float()
-            else:
-                output = model(input_ids=tokens)
-                embeddings[:, rows, channels] = output.last_hidden_state.float()
         return embeddings, pooled
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -189,46 +174,38 @@ def _load_model(files: EncoderFiles, dtype: torch.dtype) -> Any:
     """Load the weights of one encoder, frozen, on the CPU."""
     weight_files(files.folder)  # for a better message than that of `transformers`
     transformers = _import_transformers(files)
-    name = _MODEL_CLASS.get(
-        files.model_type, "CLIPTextModelWithProjection" if files.is_projected else "CLIPTextModel"
-    )
-    options: dict[str, Any] = {}
+    family = family_of(files)
+    options = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "dtype": dtype,
+        "output_loading_info": True,
+    }
     try:
         with _quiet(transformers):
-            if files.model_type == "clip":
-                config = transformers.CLIPConfig.from_pretrained(
-                    str(files.folder), local_files_only=True
-                )
-                config.text_config.projection_dim = config.projection_dim
-                options["config"] = config.text_config
-            model, loading = getattr(transformers, name).from_pretrained(
-                str(files.folder),
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=dtype,
-                output_loading_info=True,
-                **options,
-            )
+            model, loading = family.load(transformers, files, options)
     except _LOAD_ERRORS as error:
         raise encoder_error(
             files.folder, f"cannot be loaded ({error}); copy or save the model again"
         ) from error
-    if loading["missing_keys"]:  # `transformers` would leave them at random
-        missing = min(loading["missing_keys"])
-        raise encoder_error(files.folder, f"lacks the weight {missing}; save the model again")
+    missing = [name for name in loading["missing_keys"] if not family.is_optional(name)]
+    if missing:  # `transformers` would leave them at random
+        raise encoder_error(files.folder, f"lacks the weight {min(missing)}; save the model again")
     return model.requires_grad_(False).eval()
 
 
 def _load_tokenizer(files: EncoderFiles) -> Any:
-    check_tokenizer(files)
+    family = family_of(files)
+    check_tokenizer(files, family.bare_tokenizers)
     transformers = _import_transformers(files)
     try:
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(files.tokenizer),
-                config=getattr(transformers, _CONFIG_CLASS[files.model_type])(),
+                config=family.tokenizer_config(transformers, files),
                 local_files_only=True,
                 trust_remote_code=False,
+                padding_side="right",  # some decoders have theirs on the left
             )
     except Exception as error:  # `tokenizers` raises nothing more special
         raise encoder_error(
@@ -240,13 +217,7 @@ def _load_tokenizer(files: EncoderFiles) -> Any:
             "has a tokenizer that does not say how to fill texts up; set pad_token in its "
             "tokenizer_config.json",
         )
-    # The embedding of a whole text is read at its end, and elsewhere if there is none.
-    if files.family == "clip" and files.end_token not in (_LEGACY_END, *tokenizer("")["input_ids"]):
-        raise encoder_error(
-            files.tokenizer,
-            f"has a tokenizer that does not end texts with token {files.end_token}, the "
-            "eos_token_id of config.json; put the tokenizer of the same model there",
-        )
+    family.check_end(files, tokenizer)
     return tokenizer
 
 

@@ -17,10 +17,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.unit.data.tiny_encoders import CLIP_WINDOW, save_clip, save_t5
+from tests.unit.data.tiny_encoders import CLIP_WINDOW, OTHER_WINDOW, save_clip, save_other, save_t5
 from torchtitan_mixtures import data
 from torchtitan_mixtures.data.prompt_spec import EncoderSpan
-from torchtitan_mixtures.data.text_encoder_files import hash_encoder, read_encoder_files
+from torchtitan_mixtures.data.text_encoder_families import read_encoder_files
+from torchtitan_mixtures.data.text_encoder_files import hash_encoder
 from torchtitan_mixtures.data.text_encoders import (
     FrozenTextEncoders,
     PromptTokenizers,
@@ -39,6 +40,7 @@ def root(tmp_path_factory):
     save_clip(root / "plain", "CLIPTextModel", seed=2)
     save_clip(root / "whole", "CLIPModel", seed=3)
     save_t5(root / "t5", seed=4)
+    save_other(root / "bert", seed=5)
     return root
 
 
@@ -142,6 +144,73 @@ def test_the_encoder_of_any_t5_can_be_used_alone(kind, tmp_path):
         expected = whole.encoder(input_ids=ids).last_hidden_state
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
     assert pooled.shape == (2, 0)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "GPT2"])
+def test_any_other_model_gives_its_last_hidden_states(kind, tmp_path):
+    folder = save_other(tmp_path / "model", kind)
+    encoders = FrozenTextEncoders([str(folder)], "cpu")
+    embeddings, pooled = encoders.encode(TEXTS)
+    model = transformers.AutoModel.from_pretrained(folder)
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    for row, text in zip(embeddings, TEXTS, strict=True):
+        ids = torch.tensor([[*[words[word] for word in text.split()], 1]])
+        count = ids.shape[1]
+        # With what fills it up hidden, a text is what it is without.
+        alone = model(ids).last_hidden_state[0]
+        torch.testing.assert_close(row[:count], alone, atol=1e-5, rtol=1e-5)
+    assert embeddings.shape == (2, OTHER_WINDOW, 16) and pooled.shape == (2, 0)
+    name = {"Bert": "bert", "Roberta": "roberta", "DistilBert": "distilbert", "GPT2": "gpt2"}[kind]
+    assert encoders.spec.spans == (EncoderSpan(name, (0, OTHER_WINDOW), (0, 16)),)
+    assert encoders.encode([""])[0].isfinite().all()
+
+
+def test_other_models_follow_below(root):
+    names = folders(root, "bert", "projected", "t5", "bert")
+    spec = frozen_prompt_spec(names)
+    first, last = CLIP_WINDOW + OTHER_WINDOW, CLIP_WINDOW + OTHER_WINDOW + 9
+    assert (spec.length, spec.dim, spec.pooled_dim) == (last + OTHER_WINDOW, 48, 24)
+    assert spec.spans == (
+        EncoderSpan("bert", (CLIP_WINDOW, first), (0, 16)),
+        EncoderSpan("clip", (0, CLIP_WINDOW), (0, 32), (0, 24)),
+        EncoderSpan("t5", (first, last), (0, 48)),
+        EncoderSpan("bert_2", (last, last + OTHER_WINDOW), (0, 16)),
+    )
+    whole, _ = FrozenTextEncoders(names, "cpu").encode(TEXTS)
+    alone, _ = FrozenTextEncoders(names[:1], "cpu").encode(TEXTS)
+    torch.testing.assert_close(whole[:, CLIP_WINDOW:first, :16], alone)
+
+
+def test_a_model_without_its_pooling_layer_can_be_used(copied):
+    folder = copied("bert")
+    expected, _ = FrozenTextEncoders([str(folder)], "cpu").encode(TEXTS)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(FrozenTextEncoders([str(folder)], "cpu").encode(TEXTS)[0], expected)
+    kept.pop("encoder.layer.0.output.dense.weight")
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weight encoder\.layer\.0\.output"):
+        FrozenTextEncoders([str(folder)], "cpu")
+
+
+@pytest.mark.parametrize("limit", [None, 5, 9000])
+def test_the_window_of_other_models_is_what_both_parts_allow(copied, limit):
+    folder = copied("bert")
+    change_json(folder / "tokenizer_config.json", model_max_length=limit)
+    assert frozen_prompt_spec([str(folder)]).length == min(OTHER_WINDOW, limit or OTHER_WINDOW)
+    change_json(folder / "config.json", max_position_embeddings=8192)
+    assert frozen_prompt_spec([str(folder)]).length == min(512, limit or 512)
+
+
+def test_models_that_only_code_of_their_own_can_make_are_refused(copied):
+    folder = copied("bert")
+    (folder / "evil.py").write_text("raise SystemExit('this was run')\n")
+    code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    change_json(folder / "config.json", model_type="evil", auto_map=code)
+    with pytest.raises(ValueError, match=r'text_encoders: ".*" has a tokenizer that cannot be'):
+        FrozenTextEncoders([str(folder)], "cpu")
 
 
 def test_every_encoder_owns_its_span_alone(root):
@@ -323,7 +392,7 @@ def test_what_embeddings_are_is_read_without_transformers_and_weights(copied, mo
     folder = copied("projected")
     expected = frozen_prompt_spec([str(folder)])
     monkeypatch.setitem(sys.modules, "transformers", None)  # what is imported later fails
-    for name in ("text_encoders", "text_encoder_files"):
+    for name in ("text_encoders", "text_encoder_families", "text_encoder_files"):
         monkeypatch.setattr(data, name, getattr(data, name))  # importing sets it: to be undone
         monkeypatch.delitem(sys.modules, f"torchtitan_mixtures.data.{name}")
     fresh = importlib.import_module("torchtitan_mixtures.data.text_encoders")
@@ -366,7 +435,11 @@ def test_a_folder_that_is_missing_is_not_looked_up(tmp_path):
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("t5", {"model_type": "bert"}, r"'bert'; those that can be used are clip_text_model, clip"),
+        ("t5", {"model_type": "bart"}, r"'bart', an encoder with a decoder; of such only t5, mt5"),
+        ("t5", {"model_type": None}, r"has model_type = None in config\.json; name a folder"),
+        ("bert", {"vocab_size": None}, r"has vocab_size = None in config\.json"),
+        ("bert", {"hidden_size": None}, r"has hidden_size = None in config\.json"),
+        ("bert", {"max_position_embeddings": 1}, r"takes 1 tokens by config\.json"),
         ("t5", {"d_model": "wide"}, r"d_model = 'wide' in config\.json"),
         ("plain", {"hidden_size": 0}, r"hidden_size = 0 in config\.json; it must be a number, 1"),
         ("plain", {"architectures": ["CLIPVisionModel"]}, r"it must name one of CLIPTextModel, "),

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 CLIP_WINDOW = 11
+OTHER_WINDOW = 12
 WORDS = ["a", "red", "green", "blue", "fox", "apple", "bell", "above", "under", "two"]
 
 
@@ -49,6 +50,25 @@ def save_t5(folder: Path, kind: str = "T5", window: int | None = 9, seed: int = 
         vocab_size=len(tokenizer) + 3, decoder_start_token_id=0, **sizes
     )
     _save(getattr(transformers, f"{kind}ForConditionalGeneration"), config, folder, seed)
+    return folder
+
+
+def save_other(folder: Path, kind: str = "Bert", seed: int = 0) -> Path:
+    """A model of width 16 that is neither: Bert, Roberta, DistilBert or GPT2."""
+    tokenizer = _word_tokenizer(None)
+    tokenizer.save_pretrained(folder)
+    common = {"vocab_size": len(tokenizer), "pad_token_id": 0}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "max_position_embeddings": OTHER_WINDOW}
+    if kind == "Roberta":  # counts positions from the number after that of the padding
+        sizes["max_position_embeddings"] += 1
+    elif kind == "DistilBert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+        sizes["max_position_embeddings"] = OTHER_WINDOW
+    elif kind == "GPT2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": OTHER_WINDOW}
+    config = getattr(transformers, f"{kind}Config")(**common, **sizes)
+    _save(getattr(transformers, f"{kind}Model"), config, folder, seed)
     return folder
 
 
