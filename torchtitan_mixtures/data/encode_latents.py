@@ -2,15 +2,13 @@
 
 Images are those of a folder with one folder for each class, or a data set's that has captions.
 
-The result is described in `latents.py`. Shards are written whole or not at all, and those that are
-there are kept: a run that ended early goes on where it was. Images that cannot be read are left out
-and named.
+The result is described in `latents.py`, how it is written in `encoding_folder.py`. Images that
+cannot be read are left out and named.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,21 +29,20 @@ from torchtitan_mixtures.data.encode_sources import (
     open_captioned,
     open_folders,
 )
+from torchtitan_mixtures.data.encoding_folder import begin_folder, read_shard, write_shard
 from torchtitan_mixtures.data.image_batches import split_evenly
 from torchtitan_mixtures.data.image_files import BrokenImageError
 from torchtitan_mixtures.data.image_sets import ClassImage
 from torchtitan_mixtures.data.latents import (
     FORMAT_VERSION,
     INDEX,
-    PLAN,
     LatentIndex,
     LatentShard,
-    write_json,
 )
 from torchtitan_mixtures.data.vae import Vae, load_vae, read_vae_config
 
 _BROKEN = "broken"
-"""Key of a shard's metadata: the images left out of it, as a JSON list."""
+"""A shard's note: the images left out of it."""
 
 
 def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
@@ -70,10 +65,8 @@ def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
             f"--size {encoding.size}: must be a multiple of {config.factor}, by which latents of "
             f'"{encoding.vae}" are smaller.'
         )
-    for name in ("batch_size", "shard_bytes"):
-        if getattr(encoding, name) < 1:
-            key = name.replace("_", "-")
-            raise ValueError(f"--{key} {getattr(encoding, name)}: must be at least 1.")
+    if encoding.batch_size < 1:
+        raise ValueError(f"--batch-size {encoding.batch_size}: must be at least 1.")
     if encoding.caption_column:
         sources = open_captioned(encoding, config.factor)
     else:
@@ -93,7 +86,9 @@ def encode(encoding: Encoding, report: Callable[[str], None]) -> LatentIndex:
         "is_flipped": encoding.flip,
     }
     names = {split: images.fingerprint() for split, images in sources.splits.items()}
-    _begin(encoding.out, {**about, "images in a shard": per_shard, **sources.plan}, names)
+    plan = {"format_version": FORMAT_VERSION, **about, "images in a shard": per_shard}
+    others = {split: f"other {'training' if split == 'train' else split} images" for split in names}
+    begin_folder(encoding.out, {**plan, **sources.plan, **names}, "latents", others)
     if (encoding.out / INDEX).is_file():
         report(f"{encoding.out} is complete already")
         return LatentIndex.read(encoding.out)
@@ -133,7 +128,7 @@ class _Encoder:
             path = self._encoding.out / f"{split}-{len(shards):05d}.safetensors"
             if not path.is_file():
                 self._write_shard(path, images, part, num_done)
-            num_images, broken = _read_shard(path)
+            num_images, broken = read_shard(path, "mean", _BROKEN)
             num_done += len(part.numbers)
             self._num_seen += len(part.numbers)
             self._broken += broken
@@ -163,10 +158,7 @@ class _Encoder:
             self._report(f"broken image left out: {name}")
         batches = batches or [self._encode_nothing(part.shape)]
         tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-        temporary = path.with_name(path.name + ".tmp")
-        # Not `save_file`, whose files nobody else may read.
-        temporary.write_bytes(save(tensors, metadata={_BROKEN: json.dumps(broken)}))
-        temporary.replace(path)
+        write_shard(path, tensors, {_BROKEN: broken})
 
     def _encode_batch(self, read: list[Any]) -> dict[str, Tensor]:
         """The tensors of a shard for some images."""
@@ -229,50 +221,6 @@ class _Pictures(Dataset):
             return self._images.read(number)
         except BrokenImageError as error:
             return f"{self._images.key(number)} ({error})"
-
-
-def _begin(out: Path, about: dict[str, Any], splits: dict[str, Any]) -> None:
-    """Make the folder, or check that what is in it was begun for the same plan.
-
-    Args:
-        out: The folder.
-        about: What the latents depend on, beside the images.
-        splits: Fingerprint of the images of each split.
-
-    Raises:
-        ValueError: It holds something else.
-    """
-    plan = {"format_version": FORMAT_VERSION, **about, **splits}
-    if not (out / PLAN).is_file():
-        if out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
-            raise ValueError(f"--out {out}: exists and holds no latents; name a new folder.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / PLAN, plan)
-        return
-    try:
-        found = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        differing = next((key for key in plan if plan[key] != found.get(key)), None)
-    except (ValueError, AttributeError):
-        raise ValueError(
-            f"--out {out}: {out / PLAN} cannot be read; name a new folder, or delete this one."
-        ) from None
-    if differing is not None:
-        what = f"another {differing}"
-        if differing in splits:
-            what = f"other {'training' if differing == 'train' else differing} images"
-        raise ValueError(
-            f"--out {out}: was begun with {what} ({out / PLAN}); name a new folder, or delete this "
-            "one."
-        )
-
-
-def _read_shard(path: Path) -> tuple[int, list[str]]:
-    """Count the images of a finished shard and list those left out of it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice("mean").get_shape()[0], json.loads(file.metadata()[_BROKEN])
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: corrupt ({error}); delete it and run again.") from error
 
 
 def _hash_vae(folder: Path) -> str:

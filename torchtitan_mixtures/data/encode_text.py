@@ -1,36 +1,32 @@
 """Embeds the captions of a data set with frozen encoders, once, so that training needs none.
 
-The result is described in `text_embeddings.py`. Shards are written whole or not at all, and those
-that are there are kept: a run that ended early goes on where it was.
+The result is described in `text_embeddings.py`, how it is written in `encoding_folder.py`.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 from urllib.parse import quote
 
 import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from torchtitan_mixtures.data.latents import write_json
+from torchtitan_mixtures.data.encoding_folder import begin_folder, read_shard, write_shard
 from torchtitan_mixtures.data.opening import open_split
+from torchtitan_mixtures.data.prompt_datasets import check_texts, iterate_column
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.text_embeddings import (
     DTYPES,
     FORMAT_VERSION,
     INDEX,
-    PLAN,
     EmbeddingIndex,
     EmbeddingShard,
     EmbeddingSplit,
@@ -46,9 +42,7 @@ SHARD_BYTES = 1 << 28
 """About how large shards are; one is in memory while it is made."""
 
 _TRUNCATED = "truncated"
-"""Key of a shard's metadata: for each encoder the captions that were cut, as a JSON list."""
-
-_STRINGS = ("string", "large_string")
+"""A shard's note: for each encoder the captions that were cut."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +125,8 @@ def encode(encoding: TextEncoding, report: Callable[[str], None]) -> EmbeddingIn
         ValueError: Something is missing or does not fit, the folder to write holds something else,
             or there is not enough room.
     """
-    for name in ("batch_size", "shard_bytes"):
-        if getattr(encoding, name) < 1:
-            key = name.replace("_", "-")
-            raise ValueError(f"--{key} {getattr(encoding, name)}: must be at least 1.")
+    if encoding.batch_size < 1:
+        raise ValueError(f"--batch-size {encoding.batch_size}: must be at least 1.")
     encoders = [read_encoder_files(folder) for folder in encoding.encoders]
     spec = join_encoders(encoders)
     about = {
@@ -150,13 +142,16 @@ def encode(encoding: TextEncoding, report: Callable[[str], None]) -> EmbeddingIn
         report(f"{split}: {captions.count} captions of {len(captions.starts) - 1} images")
     total = sum(captions.count for captions in splits.values()) * caption_bytes
     report(f"{caption_bytes} bytes per caption, {total / 1e9:.3f} GB in all")
-    settings = {
+    plan = {
+        "format_version": FORMAT_VERSION,
+        **about,
         "captions in a shard": per_shard,
         "long_prompts": encoding.long_prompts,
         "compute_dtype": encoding.compute_dtype,
+        "splits": {split: captions.sha256 for split, captions in splits.items()},
     }
     _check_room(encoding, total)
-    _begin(encoding.out, {**about, **settings}, {s: c.sha256 for s, c in splits.items()})
+    begin_folder(encoding.out, plan, "embeddings", {"splits": "other captions or splits"})
     if (encoding.out / INDEX).is_file():
         report(f"{encoding.out} is complete already")
         return EmbeddingIndex.read(encoding.out)
@@ -197,7 +192,7 @@ class _Encoder:
             path = self._encoding.out / f"{quote(split, safe='')}-{len(shards):05d}.safetensors"
             if not path.is_file():
                 self._write_shard(path, split, captions, rows)
-            count, cut = _read_shard(path)
+            count, cut = read_shard(path, "images", _TRUNCATED)
             truncated += cut
             shards.append(EmbeddingShard(path.name, count, path.stat().st_size))
         for span, count in zip(self._spec.spans, truncated, strict=True):
@@ -232,10 +227,7 @@ class _Encoder:
             "images": torch.from_numpy(images.astype(np.int64)),
         }
         cut = (np.array(self._encoders.tokenizers.truncated) - before).tolist()
-        temporary = path.with_name(path.name + ".tmp")
-        # Not `save_file`, whose files nobody else may read.
-        temporary.write_bytes(save(tensors, metadata={_TRUNCATED: json.dumps(cut)}))
-        temporary.replace(path)
+        write_shard(path, tensors, {_TRUNCATED: cut})
 
     def _embed(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         dtype = DTYPES[self._encoding.dtype]
@@ -269,24 +261,14 @@ def _open_captions(encoding: TextEncoding, split: str) -> Captions:
             f'--caption-column "{column}": "{encoding.path}" has no such column; its columns are '
             f"{', '.join(data.column_names)}."
         )
-    feature: Any = data.features[column]
-    item = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
-    if not isinstance(item, datasets.Value) or item.dtype not in _STRINGS:
-        raise ValueError(
-            f'--caption-column "{column}": holds {feature}; it must hold strings or lists of them.'
-        )
+    check_texts(data, column, f'--caption-column "{column}"')
     selected = cast(datasets.Dataset, data.select_columns([column]))
-    starts, sha256 = digest_captions(_values(selected, column))
+    starts, sha256 = digest_captions(iterate_column(selected, column))
     if not starts[-1]:
         raise ValueError(
             f'--caption-column "{column}": split "{split}" of "{encoding.path}" has no captions.'
         )
     return Captions(selected, starts, sha256)
-
-
-def _values(data: datasets.Dataset, column: str) -> Iterator[Any]:
-    for batch in data.iter(batch_size=1000):
-        yield from cast(dict[str, Any], batch)[column]
 
 
 def _check_room(encoding: TextEncoding, total: int) -> None:
@@ -306,47 +288,3 @@ def _check_room(encoding: TextEncoding, total: int) -> None:
             f"--out {encoding.out}: the embeddings need {(total - done) / 1e9:.3f} GB more, the "
             f"disk has {free / 1e9:.3f} GB left; take another disk, fewer captions{remedy}."
         )
-
-
-def _begin(out: Path, about: dict[str, Any], splits: dict[str, str]) -> None:
-    """Make the folder, or check that what is in it was begun for the same plan.
-
-    Args:
-        out: The folder.
-        about: What the embeddings depend on, beside the captions.
-        splits: Hash of the captions of each split.
-
-    Raises:
-        ValueError: It holds something else.
-    """
-    plan = {"format_version": FORMAT_VERSION, **about, "splits": splits}
-    plan = json.loads(json.dumps(plan))  # with lists for tuples, as it is read
-    if not (out / PLAN).is_file():
-        if out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
-            raise ValueError(f"--out {out}: exists and holds no embeddings; name a new folder.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / PLAN, plan)
-        return
-    try:
-        found = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        differing = next((key for key in plan if plan[key] != found.get(key)), None)
-    except (ValueError, AttributeError):
-        raise ValueError(
-            f"--out {out}: {out / PLAN} cannot be read; name a new folder, or delete this one."
-        ) from None
-    if differing is not None:
-        what = "other captions or splits" if differing == "splits" else f"another {differing}"
-        raise ValueError(
-            f"--out {out}: was begun with {what} ({out / PLAN}); name a new folder, or delete this "
-            "one."
-        )
-
-
-def _read_shard(path: Path) -> tuple[int, list[int]]:
-    """Count the captions of a finished shard, and those that were cut."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            count = file.get_slice("images").get_shape()[0]
-            return count, json.loads(file.metadata()[_TRUNCATED])
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: corrupt ({error}); delete it and run again.") from error

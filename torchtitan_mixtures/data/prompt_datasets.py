@@ -58,17 +58,37 @@ def _open_captioned(
 ) -> datasets.Dataset:
     config = Multimodal(source="datasets", data_files=list(data_files), **keys)
     data = open_columns(config, key, split, "caption_column")
-    feature = data.features[config.caption_column]
-    is_list = isinstance(feature, (datasets.List, datasets.LargeList))
-    item = feature.feature if is_list else feature
-    if not isinstance(item, datasets.Value) or item.dtype not in STRINGS:
-        raise ValueError(
-            f'multimodal.caption_column = "{config.caption_column}": holds '
-            f"{describe_feature(feature)}; it must hold strings, or lists of them."
-        )
+    column = config.caption_column
+    check_texts(data, column, f'multimodal.caption_column = "{column}"')
     if not len(data):
         raise ValueError(f'{key}: split "{split}" of "{config.path}" is empty.')
     return data
+
+
+def check_texts(data: datasets.Dataset, column: str, key: str) -> None:
+    """Check that a column holds texts.
+
+    Args:
+        data: The data set.
+        column: The column, which it has.
+        key: The key that names it, for messages.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    feature: Any = data.features[column]
+    item = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    if not isinstance(item, datasets.Value) or item.dtype not in STRINGS:
+        raise ValueError(
+            f"{key}: holds {describe_feature(feature)}; it must hold strings, or lists of them."
+        )
+
+
+def iterate_column(data: datasets.Dataset, column: str) -> Iterator[Any]:
+    """The values of a column, read in parts."""
+    selected = cast(datasets.Dataset, data.select_columns([column]))
+    for batch in selected.iter(batch_size=1000):
+        yield from cast(dict[str, Any], batch)[column]
 
 
 class CaptionedPictures:
@@ -99,10 +119,7 @@ class CaptionedPictures:
 
     def list_captions(self) -> Iterator[Any]:
         """The captions of all pictures, as they are in their column."""
-        column = self._config.caption_column
-        selected = cast(datasets.Dataset, self._rows.data.select_columns([column]))
-        for batch in selected.iter(batch_size=1000):
-            yield from cast(dict[str, Any], batch)[column]
+        return iterate_column(self._rows.data, self._config.caption_column)
 
     def hash_captions(self) -> str:
         """Hash the captions of all pictures; see `digest_captions`."""

@@ -25,14 +25,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchtitan_mixtures.data.latents import write_json
+from torchtitan_mixtures.data.latents import PLAN, write_json
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.samples import usable_captions
 
 INDEX = "text_embeddings.json"
-PLAN = "encoding.json"
-"""What was to be encoded, written first. A folder that has it but not `INDEX` is incomplete."""
-
 FORMAT_VERSION = 1
 ENCODE_COMMAND = "python scripts/prepare_data.py encode-text"
 

@@ -237,7 +237,7 @@ def test_embeddings_that_are_no_numbers_are_not_written(data, encoders, tmp_path
         ),
         ({"path": "./no/such"}, r'multimodal\.path = "\./no/such": there is no such file'),
         ({"caption_column": "text"}, r'--caption-column "text": .* its columns are caption, numb'),
-        ({"caption_column": "number"}, r"must hold strings or lists of them"),
+        ({"caption_column": "number"}, r"holds int64; it must hold strings, or lists of them"),
         ({"encoders": ("no/such",)}, r'multimodal\.text_encoders: "no/such" is not a local folder'),
     ],
 )
