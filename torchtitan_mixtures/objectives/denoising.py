@@ -277,8 +277,10 @@ def build_condition(job_config: MixtureJobConfig, model_args: Any) -> Condition:
     """Build what says to a job's model what is on its images."""
     config = job_config.objective
     if getattr(model_args, "is_prompted", False):
-        encoders = job_config.multimodal.text_encoders
-        return PromptCondition(model_args.prompts, config.prompt_dropout, encoders)
+        data = job_config.multimodal
+        return PromptCondition(
+            model_args.prompts, config.prompt_dropout, data.text_encoders, data.text_encoder_dtype
+        )
     noise = None
     if getattr(model_args, "router_noise", 0) > 0:
         noise = (model_args.n_layers, model_args.dim)
