@@ -22,6 +22,7 @@ do the same for an MMDiT and the transformer of Stable Diffusion 3 of diffusers 
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
 # First: it points TorchTitan at the CPU if need be.
@@ -100,6 +101,8 @@ def add_import_sd3(commands: argparse._SubParsersAction) -> None:
     add("--from", type=Path, required=True, dest="source", help="folder of transformer or pipeline")
     add("--config", required=True, help="TOML of the training that is to begin with it")
     add("--out", type=Path, required=True, help="a new or empty folder")
+    add("--other-positions", action="store_true", help="take weights that were trained with other "
+        "places of patches than the model has, with a warning")  # fmt: skip
     parser.set_defaults(run=import_sd3)
 
 
@@ -141,7 +144,7 @@ def import_vit(options: argparse.Namespace) -> None:
     keys = [*options.overrides, "--checkpoint.initial_load_path", str(options.out)]
     if options.image_size is not None:
         keys += ["--multimodal.image_size", str(options.image_size)]
-    print(f"{options.out}: train with\n  bash scripts/train.sh {options.config} {' '.join(keys)}")
+    print(f"{options.out}: train with\n  bash scripts/train.sh {options.config} {shlex.join(keys)}")
 
 
 def export_vit(options: argparse.Namespace) -> None:
@@ -159,9 +162,11 @@ def export_vit(options: argparse.Namespace) -> None:
 def import_sd3(options: argparse.Namespace) -> None:
     """Make a checkpoint out of Stable Diffusion 3."""
     arguments = ["--config", options.config, *options.overrides]
-    convert_sd3.import_sd3(options.source, arguments, options.out)
+    convert_sd3.import_sd3(
+        options.source, arguments, options.out, other_positions=options.other_positions
+    )
     keys = [*options.overrides, "--checkpoint.initial_load_path", str(options.out)]
-    print(f"{options.out}: train with\n  bash scripts/train.sh {options.config} {' '.join(keys)}")
+    print(f"{options.out}: train with\n  bash scripts/train.sh {options.config} {shlex.join(keys)}")
 
 
 def export_sd3(options: argparse.Namespace) -> None:

@@ -28,7 +28,9 @@ TRANSFORMER = "transformer"
 """Folder of a pipeline that the transformer is in."""
 
 
-def import_sd3(source: Path, arguments: Sequence[str], out: Path) -> MMDiTModelArgs:
+def import_sd3(
+    source: Path, arguments: Sequence[str], out: Path, *, other_positions: bool = False
+) -> MMDiTModelArgs:
     """Write a checkpoint that training begins with, out of a transformer of diffusers.
 
     Args:
@@ -36,6 +38,7 @@ def import_sd3(source: Path, arguments: Sequence[str], out: Path) -> MMDiTModelA
             `config.json` and safetensors, or a safetensors file beside a `config.json`.
         arguments: Of training: `--config FILE.toml`, and keys that differ from it.
         out: A new or empty folder.
+        other_positions: Whether places of patches may differ from those of the checkpoint.
 
     Returns:
         Arguments of the model.
@@ -56,7 +59,12 @@ def import_sd3(source: Path, arguments: Sequence[str], out: Path) -> MMDiTModelA
     config = _read_config(source)
     sd3.check_config(config, args)
     weights = read_weights(source, WEIGHTS)
-    sd3.check_positions(weights.get(sd3.POSITIONS), config, args)
+    try:
+        sd3.check_positions(weights.get(sd3.POSITIONS), config, args)
+    except ValueError as error:
+        if not other_positions:
+            raise ValueError(f"{error} --other-positions takes the weights all the same.") from None
+        logger.warning(f"Weights that were trained with other places of patches: {error}")
     state = sd3.from_sd3(weights, args)
     _warn_of_objective(job_config)
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}

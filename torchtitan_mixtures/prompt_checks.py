@@ -50,7 +50,7 @@ def check_prompted(job_config: MixtureJobConfig, model_args: Any) -> None:
     refuse_keys(job_config, "objective", "router", ("balance_weight", "z_weight"))
     data = job_config.multimodal
     if data.source == "emoji":
-        refuse_keys(job_config, "multimodal", "a column on emoji", ("caption_column",))
+        refuse_keys(job_config, "multimodal", "columns on emoji", ("caption_column",))
     elif data.scene_fraction != type(data)().scene_fraction:
         raise ValueError(
             f"multimodal.scene_fraction = {data.scene_fraction}: scenes are composed of emoji, "

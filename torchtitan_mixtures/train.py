@@ -43,7 +43,10 @@ def parse_job(
         for a in arguments
     ]
     check_arguments(renamed)
-    job_config = cast(MixtureJobConfig, ConfigManager().parse_args(renamed))
+    try:
+        job_config = cast(MixtureJobConfig, ConfigManager().parse_args(renamed))
+    except AssertionError as error:  # how the host refuses values
+        raise ValueError(f"{error or 'a value that TorchTitan does not take'}.") from None
     check(job_config)
     return job_config
 

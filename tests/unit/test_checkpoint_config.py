@@ -295,6 +295,23 @@ def test_images_of_another_size_are_answered_with_how_to_resize(tmp_path, flavor
         check_images(tmp_path / "old", "--mixture.top_k=3")
 
 
+def test_an_mmdit_begins_with_weights_of_smaller_images(tmp_path):
+    def job_and_args(run, *overrides):
+        job = debug_job("mmdit", f"--job.dump_folder={run}", *overrides)
+        args = get_train_spec("mmdit").model_args[job.model.flavor]
+        args.update_from_config(job)
+        return job, args
+
+    folder = tmp_path / "old" / "checkpoint" / "step-3"
+    checkpoint_config.write(folder, *job_and_args(tmp_path / "old", "--multimodal.image_size=16"))
+    (folder / ".metadata").touch()
+    load = f"--checkpoint.initial_load_path={folder}"
+    checkpoint_config.check_resume(*job_and_args(tmp_path / "new", load))
+    with pytest.raises(ValueError, match=r"prompt_length|positions"):  # but not of other prompts
+        other = job_and_args(tmp_path / "new", load, "--multimodal.prompt_length=20")
+        checkpoint_config.check_resume(*other)
+
+
 # --- weights only ---------------------------------------------------------------------------------
 
 

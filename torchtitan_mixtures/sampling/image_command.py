@@ -153,6 +153,11 @@ def load_painter(options: argparse.Namespace) -> Painter:
             "of the VAE that made them."
         )
     vae = load_vae(vae_folder, device) if vae_folder else None
+    if vae is not None and vae.channels != args.in_channels:
+        raise ValueError(
+            f"--vae {vae_folder}: its latents have {vae.channels} channels, the images of "
+            f"{loaded.path} have {args.in_channels}; name the VAE that made them, or none."
+        )
     return Painter(loaded, process, settings, vae, device)
 
 

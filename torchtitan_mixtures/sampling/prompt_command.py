@@ -79,7 +79,7 @@ def choose_size(loaded: LoadedModel, name: str) -> tuple[int, int]:
     """
     args = loaded.model_args
     ratios = loaded.job_config.multimodal.aspect_ratios
-    if name == SQUARE:
+    if name == SQUARE and (not ratios or SQUARE in ratios):
         return args.image_size, args.image_size
     bucket = find_bucket(make_buckets(ratios, args.image_size, args.patch_size), name)
     return bucket.height, bucket.width

@@ -73,7 +73,7 @@ class MMDiTModelArgs(BaseModelArgs):
     """Whether images are drawn to prompts, and not to classes."""
 
     # What may differ between a checkpoint and the run that goes on from it.
-    resumable_fields: ClassVar[frozenset[str]] = frozenset({"init_seed"})
+    resumable_fields: ClassVar[frozenset[str]] = frozenset({"init_seed", "image_size"})
 
     def __post_init__(self) -> None:
         # In JSON tuples are lists, and prompts tables.
@@ -181,7 +181,7 @@ class MMDiTModelArgs(BaseModelArgs):
             if choices > 1:
                 per_token += width * self.n_heads * choices
             if not is_cut:
-                hidden = round(self.mlp_ratio * width)
+                hidden = int(self.mlp_ratio * width)
                 per_token += inner * width * choices + 2 * width * hidden
             streams = self.num_residual_streams
             if streams > 1:

@@ -39,6 +39,7 @@ from torchtitan_mixtures.models.mmdit.hyper_connections import (
 )
 from torchtitan_mixtures.models.mmdit.inputs import (
     check_batches,
+    check_counts,
     check_mask,
     check_tokens,
     check_widths,
@@ -80,10 +81,9 @@ class BlockConfig:
             raise ValueError(
                 f"modulation = {self.modulation!r}: must be one of {get_args(ModulationKind)}."
             )
-        if self.num_residual_streams < 1:
-            raise ValueError(
-                f"num_residual_streams = {self.num_residual_streams}: must be 1 or more."
-            )
+        check_counts(num_residual_streams=self.num_residual_streams)
+        if self.condition_dim is not None:
+            check_counts(condition_dim=self.condition_dim)
 
 
 class JointBlock(nn.Module):

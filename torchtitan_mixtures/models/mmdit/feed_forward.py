@@ -2,10 +2,16 @@
 
 Source: the options that the package `mmdit` hands to its feed-forward network; gated linear units
 as in Shazeer 2020, arXiv 2002.05202; squared ReLU as in So et al. 2021, arXiv 2109.08668.
+
+Deviations:
+    - `no_bias` takes the bias of gated units too, and `post_act_ln` has one (in the package the
+      former stays, and the latter has none).
+    - Options that contradict each other are refused; there one of them wins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,6 +39,12 @@ class FeedForwardOptions:
     zero_init_output: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            is_right = isinstance(value, bool) if kind is bool else _is_number(value)
+            if not is_right:
+                allowed = "True or False" if kind is bool else "a finite number"
+                raise ValueError(f"{field.name} = {value!r}: must be {allowed}.")
         chosen = [name for name in ("swish", "relu_squared", "tanh_gelu") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} = True: there is one activation; choose one.")
@@ -62,6 +74,10 @@ class FeedForwardOptions:
         return cls(**(ff_kwargs or {}))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class FeedForward(nn.Module):
     """Two layers, the same for each token of a modality.
 
@@ -82,7 +98,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, options: FeedForwardOptions) -> None:
         super().__init__()
         self.options = options
-        hidden_dim, has_bias = round(options.mult * dim), not options.no_bias
+        hidden_dim, has_bias = int(options.mult * dim), not options.no_bias
         if hidden_dim < 1:
             raise ValueError(f"mult = {options.mult}: leaves no hidden unit with dim = {dim}.")
         self.w1 = nn.Linear(dim, (1 + options.glu) * hidden_dim, bias=has_bias)

@@ -17,12 +17,12 @@ def count_heads(dim_joint_attn: int | None, heads: int | None, dim_head: int) ->
     Raises:
         ValueError: `dim_joint_attn` is not `heads * dim_head`.
     """
-    if dim_head < 1:
-        raise ValueError(f"dim_head = {dim_head}: must be a positive number.")
+    given = {"dim_joint_attn": dim_joint_attn, "heads": heads}
+    check_counts(dim_head=dim_head, **{k: v for k, v in given.items() if v is not None})
     if heads is None and dim_joint_attn is None:
         return DEFAULT_HEADS
     if heads is None and dim_joint_attn is not None:
-        if dim_joint_attn < 1 or dim_joint_attn % dim_head:
+        if dim_joint_attn % dim_head:
             raise ValueError(
                 f"dim_joint_attn = {dim_joint_attn}: must be a multiple of dim_head = {dim_head}, "
                 "as many times as there are heads."
@@ -39,25 +39,41 @@ def count_heads(dim_joint_attn: int | None, heads: int | None, dim_head: int) ->
 
 def check_widths(dims: Mapping[str, int]) -> None:
     """Raise ValueError for modalities of no width, or no modalities."""
-    if not dims or any(dim < 1 for dim in dims.values()):
+    if not dims or any(not isinstance(dim, int) or dim < 1 for dim in dims.values()):
         raise ValueError(
             f"widths of modalities are {list(dims.values())}: there must be one or more, each a "
-            "positive number."
+            "whole number from 1."
         )
 
 
 def check_tokens(what: str, tokens: Tensor, dim: int) -> None:
-    """Raise ValueError for tokens that are not `(batch, seq, dim)`."""
+    """Raise ValueError for tokens that are not `(batch, seq, dim)` floating-point numbers."""
+    _check_tensor(what, tokens)
+    if not tokens.is_floating_point():
+        raise ValueError(f"{what} is {tokens.dtype}: must be embedded tokens, floating-point.")
     if tokens.ndim != 3 or tokens.shape[2] != dim:
         raise ValueError(
             f"{what} is {tuple(tokens.shape)}: must be (batch, seq, dim) with dim = {dim}."
         )
 
 
+def _check_tensor(what: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} is {type(value).__name__}: must be a tensor.")
+
+
+def check_counts(**numbers: object) -> None:
+    """Raise ValueError for what is no whole number from 1."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} = {value!r}: must be a whole number from 1.")
+
+
 def check_mask(what: str, mask: Tensor | None, shape: Sequence[int]) -> None:
     """Raise ValueError for a mask that is not bool of `shape`, `(batch, seq)`."""
     if mask is None:
         return
+    _check_tensor(what, mask)
     if mask.dtype != torch.bool:
         raise ValueError(f"{what} is {mask.dtype}: must be torch.bool, True where tokens are seen.")
     if tuple(mask.shape) != tuple(shape):
@@ -106,6 +122,7 @@ def read_condition(
     if len(time_cond) != len(shapes):
         raise ValueError(f"time_cond has {len(time_cond)} conditions for {len(shapes)} modalities.")
     for condition, (name, shape) in zip(time_cond, shapes.items(), strict=True):
+        _check_tensor(f"time_cond of {name}", condition)
         allowed = ((shape[0], dim_cond), (*shape, dim_cond))
         if tuple(condition.shape) not in allowed:
             raise ValueError(

@@ -141,7 +141,7 @@ def tensor_parallel_sizes(model_args: BaseModelArgs) -> dict[str, int]:
     sizes = {"heads": args.n_heads}
     for name, width in args.stream_dims.items():
         sizes[f"channels of {name}"] = width
-        sizes[f"hidden units of {name}"] = round(args.mlp_ratio * width)
+        sizes[f"hidden units of {name}"] = int(args.mlp_ratio * width)
     return sizes
 
 

@@ -31,6 +31,7 @@ from torchtitan_mixtures.models.mmdit.feed_forward import FeedForwardOptions
 from torchtitan_mixtures.models.mmdit.hyper_connections import expand, reduce
 from torchtitan_mixtures.models.mmdit.inputs import (
     check_batches,
+    check_counts,
     check_mask,
     check_tokens,
     check_widths,
@@ -100,8 +101,7 @@ class MMDiT(nn.Module):
         pre_only_last: Collection[int] = (),
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth = {depth}: must be 1 or more.")
+        check_counts(depth=depth)
         self.num_streams = num_residual_streams
         self.dims = {str(number): dim for number, dim in enumerate(dim_modalities)}
         check_widths(self.dims)
@@ -238,8 +238,8 @@ def _mean_of_seen(condition: Tensor, mask: Tensor | None) -> Tensor:
 
 def _count_registers(numbers: int | Sequence[int], dims: Mapping[str, int]) -> dict[str, int]:
     """Registers of each modality."""
-    listed = [numbers] * len(dims) if isinstance(numbers, int) else list(numbers)
-    if len(listed) != len(dims) or min(listed) < 0:
+    listed = list(numbers) if isinstance(numbers, Sequence) else [numbers] * len(dims)
+    if len(listed) != len(dims) or not all(isinstance(n, int) and n >= 0 for n in listed):
         raise ValueError(
             f"num_register_tokens = {numbers}: must be a number from 0, or one for each of the "
             f"{len(dims)} modalities."

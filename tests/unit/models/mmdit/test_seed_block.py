@@ -222,7 +222,7 @@ BAD_ARGUMENTS = {
     "joint width": ({"dim_joint_attn": 9}, r"dim_joint_attn = 9.*heads = 2.*dim_head = 4"),
     "indivisible": ({"dim_joint_attn": 10, "heads": None}, r"dim_joint_attn = 10.*dim_head = 4"),
     "modulation": ({"modulation": "film"}, r"modulation = 'film'.*'film_identity'"),
-    "streams": ({"num_residual_streams": 0}, r"num_residual_streams = 0.*1 or more"),
+    "streams": ({"num_residual_streams": 0}, r"num_residual_streams = 0.*whole number from 1"),
     "softclamp": ({"softclamp": True, "softclamp_value": -1.0}, r"softclamp = -1.0"),
 }
 

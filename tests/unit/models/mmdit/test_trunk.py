@@ -320,6 +320,13 @@ BAD_CALLS = {
         {"modality_masks": (torch.ones(2, 4).bool(), None, None)},
         r"modality_masks\[0\] is \(2, 4\).*\(2, 3\)",
     ),
+    "no tokens": ({"modality_tokens": (None, None, None)}, r"modality_tokens\[0\] is NoneType"),
+    "ids": (
+        {"modality_tokens": tuple(torch.ones(2, n, d).long() for n, d in ((3, 6), (4, 8), (2, 5)))},
+        r"modality_tokens\[0\] is torch.int64.*embedded",
+    ),
+    "a list as mask": ({"modality_masks": ([True], None, None)}, r"modality_masks\[0\] is list"),
+    "a missing time": ({"time_cond": [randn(2, 5), None, randn(2, 5)]}, r"of 1 is NoneType"),
     "no time": ({"time_cond": None}, r"time_cond = None, but dim_cond = 5"),
     "width of times": ({"time_cond": randn(2, 6)}, r"time_cond is \(2, 6\).*\(2, 5\)"),
     "number of times": ({"time_cond": [randn(2, 5)] * 2}, r"2 conditions for 3 modalities"),
@@ -342,13 +349,20 @@ def test_a_superfluous_time_is_refused():
 
 
 BAD_ARGUMENTS = {
-    "depth": ({"depth": 0}, r"depth = 0.*1 or more"),
+    "depth": ({"depth": 0}, r"depth = 0.*whole number from 1"),
+    "half a block": ({"depth": 1.5}, r"depth = 1\.5"),
+    "no modalities": ({"dim_modalities": ()}, r"widths of modalities are \[\]"),
+    "half a channel": ({"dim_modalities": (8, 8.5, 4)}, r"widths of modalities"),
+    "no width of times": ({"dim_cond": -3}, r"condition_dim = -3"),
+    "registers of no number": ({"num_register_tokens": None}, r"num_register_tokens = None"),
+    "options of no number": ({"ff_kwargs": {"mult": "x"}}, r"mult = 'x'.*finite number"),
+    "options of no choice": ({"ff_kwargs": {"glu": "no"}}, r"glu = 'no'.*True or False"),
     "joint width": ({"dim_joint_attn": 9}, r"dim_joint_attn = 9.*heads = 2.*dim_head = 4"),
     "registers": ({"num_register_tokens": (1, 2)}, r"num_register_tokens = \(1, 2\).*3 modalities"),
     "fewer than none": ({"num_register_tokens": -1}, r"num_register_tokens = -1.*from 0"),
     "no output": ({"pre_only_last": (0, 1, 2)}, r"pre_only.*but not all"),
     "unknown modality": ({"pre_only_last": (3,)}, r"pre_only = \('3',\).*\('0', '1', '2'\)"),
-    "streams": ({"num_residual_streams": 0}, r"num_residual_streams = 0.*1 or more"),
+    "streams": ({"num_residual_streams": 0}, r"num_residual_streams = 0.*whole number from 1"),
 }
 
 
