@@ -70,17 +70,21 @@ def test_loss_and_every_gradient_equal_one_process_in_further_layouts(layout):
     assert_equal(layout, MORE_PARITY[layout])
 
 
-@pytest.mark.parametrize(
-    ("layout", "variants"),
-    [
-        ("FSDP2", ["everything", "single stream"]),
-        ("TP2", ["odd", "odd, everything", "4 static streams"]),
-        ("CP2", ["tokens", "everything"]),
-    ],
-)
-@pytest.mark.parametrize("kind", ["full", "selective"])
-def test_activation_checkpointing_changes_nothing(layout, variants, kind):
-    assert_equal(layout, variants, **CHECKPOINTS[kind])
+CHECKPOINTED = {
+    "FSDP2": ["everything", "single stream"],
+    "TP2": ["odd", "odd, everything", "4 static streams"],
+    "CP2": ["tokens", "everything"],
+}
+CHECKPOINT_CASES = [
+    *((layout, "selective") for layout in CHECKPOINTED),
+    ("TP2", "full"),
+    *(pytest.param(layout, "full", marks=pytest.mark.slow) for layout in ("FSDP2", "CP2")),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind"), CHECKPOINT_CASES)
+def test_activation_checkpointing_changes_nothing(layout, kind):
+    assert_equal(layout, CHECKPOINTED[layout], **CHECKPOINTS[kind])
 
 
 # Of blocks of two kinds (the last makes nothing of prompts), for the first shape and then for any;
@@ -89,7 +93,7 @@ GRAPHS = {"one shape": (2,), "odd": (4,), "tokens": (4, 5), "everything": (4, 5)
 MORE_COMPILED = {"FSDP2": "tokens", "TP2": "odd", "CP2": "everything", "TP2xCP2": "tokens"}
 COMPILED_CASES = [
     ("FSDP2", "one shape", "selective"),
-    ("TP2", "odd", "selective"),
+    pytest.param("TP2", "odd", "selective", marks=pytest.mark.slow),
     pytest.param("CP2", "one shape", "selective", marks=pytest.mark.slow),
     *(pytest.param(*case, kind, marks=pytest.mark.slow)
       for case in MORE_COMPILED.items() for kind in ("none", "full")),
