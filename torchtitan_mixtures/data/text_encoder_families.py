@@ -8,6 +8,7 @@ Nothing here imports `transformers`, which takes seconds and is an extra: it is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ _IS_PROJECTED = {
 _MERGES = ("vocab.json", "merges.txt")
 
 
-class EncoderFamily:
+class EncoderFamily(ABC):
     """Models of one kind; what is here is common to most.
 
     Attributes:
@@ -60,6 +61,7 @@ class EncoderFamily:
     is_beside = False
     bare_tokenizers: tuple[tuple[str, ...], ...] = ()
 
+    @abstractmethod
     def read(self, path: Path, tokenizer: Path, config: Mapping[str, Any]) -> EncoderFiles:
         """Read an encoder's configuration; needs no `transformers`.
 
@@ -71,15 +73,14 @@ class EncoderFamily:
         Raises:
             ValueError: It cannot be used.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, transformers: Any, files: EncoderFiles, options: Mapping[str, Any]) -> Any:
         """Load the weights: what `from_pretrained` returns with these options."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokenizer_config(self, transformers: Any, files: EncoderFiles) -> Any:
         """A configuration that says of which family a tokenizer is that does not say it."""
-        raise NotImplementedError
 
     def check_end(self, files: EncoderFiles, tokenizer: Any) -> None:
         """Check that texts end as the encoder expects.
