@@ -57,7 +57,8 @@ class Multimodal:
     source: Literal["emoji", "datasets", "folder"] = "emoji"
     """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens.
     `folder`: for models of images, a folder with one folder of images per class, or the latents
-    that `scripts/prepare_data.py encode-latents` wrote."""
+    that `scripts/prepare_data.py encode-latents` wrote; for those with prompts, latents with
+    captions."""
 
     path: str = ""
     """For `datasets`: hub name, local folder or file, or a folder written by `save_to_disk`. For
@@ -84,8 +85,8 @@ class Multimodal:
     """For `datasets`: column with the image (an image, its bytes, or a path)."""
 
     caption_column: str = "caption"
-    """For models over tokens on `datasets`: column with the caption (a string, or a list of which
-    one is drawn)."""
+    """For models over tokens or with prompts on `datasets`: column with the caption (a string, or
+    a list of which one is drawn)."""
 
     label_column: str = "label"
     """For models of images on `datasets`: column with the class (a number or a string), or with a
@@ -95,8 +96,8 @@ class Multimodal:
     """Share of undecodable samples above which the run stops. All are counted and logged."""
 
     scene_fraction: float = 0.25
-    """For `emoji`: share of groups that are a composed scene of two to four drawings and its
-    caption."""
+    """For `emoji`: share of groups, or of prompted images, that are a composed scene of two to four
+    drawings and its caption."""
 
     max_pairs: int = 3
     """For `emoji`: the most pairs of a caption and an image in one document; fewer are likelier.

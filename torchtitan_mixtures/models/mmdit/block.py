@@ -14,8 +14,9 @@ Deviations:
     - Modulation "zero" is SD3's, an identity at first; "film_identity" the package's, an ordinary
       transformer block at first. Each modality has one linear layer for all its vectors in either
       case (in the package modalities share one for what scales branches).
-    - A modality without output ("pre-only", SD3's text in the last block) has no parameters that
-      would never learn; the package has them and leaves them out.
+    - A modality without output ("pre-only", SD3's text in the last block) has no weights behind
+      attention; the package has them and leaves them out. Its queries attend and nobody reads what
+      they find, as in SD3, so a norm of them never learns.
     - A condition may be of a modality or of a token.
     - Weights are drawn as in DiT: Xavier's uniform distribution, biases 0.
 """
