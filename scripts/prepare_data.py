@@ -4,7 +4,8 @@
 alone; `show CONFIG.toml --out page.html` shows the sequences that a configuration trains on;
 `encode-latents --path IMAGES --vae DIR --out LATENTS` encodes images for training, those of a
 folder of classes or, with `--caption-column`, of a data set with captions;
-`encode-text --path DATA --encoders DIR ... --out EMBEDDINGS` embeds the captions of a data set.
+`encode-text --path DATA --encoders DIR ... --out EMBEDDINGS` embeds the captions of a data set;
+`cluster --config CONFIG.toml --clusters K --out domains.json` divides images into domains.
 """
 
 import argparse
@@ -253,6 +254,55 @@ def encode_text(arguments: argparse.Namespace) -> None:
     )
 
 
+def add_cluster(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `cluster`."""
+    parser = subcommands.add_parser(
+        "cluster",
+        help="divide the images of a configuration into domains by k-means, for multimodal.domains",
+        description="Cluster the images of all splits that a configuration can read: as they are, "
+        "averaged to 8 x 8 and whitened, or by features of your own. Clusters are those of the "
+        "training split; images of other splits belong to the nearest.",
+        epilog="Any key of the configuration may follow, as in training: --multimodal.path DIR",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="TOML of a training run on the images")
+    parser.add_argument("--clusters", type=int, required=True, help="how many")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of domains to write")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        help="safetensors with a tensor (images, dim) for each split, rows in the split's order",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the starts of k-means (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=8,
+        help="starts, of which the best is taken (default: %(default)s)",
+    )
+    parser.set_defaults(run=cluster, takes_overrides=True)
+
+
+def cluster(arguments: argparse.Namespace) -> None:
+    """Cluster the images."""
+    from torchtitan_mixtures.data.cluster_images import Clustering, cluster_images
+    from torchtitan_mixtures.train import parse_job, quiet_the_host
+
+    quiet_the_host()
+    # Nothing is checked but what is read: the domains that a configuration asks for may be what is
+    # to be made here.
+    job_config = parse_job(["--config", arguments.config, *arguments.overrides], lambda job: None)
+    names = ("clusters", "out", "features", "seed", "restarts")
+    clustering = Clustering(**{name: getattr(arguments, name) for name in names})
+    cluster_images(job_config, clustering, lambda line: print(line, flush=True))
+    print(
+        f"{arguments.out}: domains cluster0 to cluster{arguments.clusters - 1}, which you may "
+        f"rename in it; train with --multimodal.domains {arguments.out}"
+    )
+
+
 def main() -> None:
     """Read the command line and run one subcommand."""
     parser = argparse.ArgumentParser(
@@ -265,6 +315,7 @@ def main() -> None:
     add_show(subcommands)
     add_encode_latents(subcommands)
     add_encode_text(subcommands)
+    add_cluster(subcommands)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.overrides and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")

@@ -26,6 +26,8 @@ from torchtitan_mixtures import checkpoint_config, device, layout_checks
 from torchtitan_mixtures.classifier_checks import TOKEN_KEYS, check_classifier, refuse_keys
 from torchtitan_mixtures.config_values import check_table, describe_type, matches_type
 from torchtitan_mixtures.data import emoji_source, image_data, loader
+from torchtitan_mixtures.data.domains import DOMAIN_KEYS, check_domains
+from torchtitan_mixtures.diffusers_checks import check_diffusers, refuse_diffusers_keys
 from torchtitan_mixtures.float8 import check_converters
 from torchtitan_mixtures.job_config import MixtureJobConfig, Objective
 from torchtitan_mixtures.models import FAMILIES
@@ -212,12 +214,14 @@ def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:
         )
     if getattr(model_args, "is_classifier", False):
         refuse_prompt_keys(job_config)
+        refuse_diffusers_keys(job_config)
         check_classifier(job_config, model_args)
         return
     refuse_keys(job_config, "classification", "classes to predict")
     refuse_keys(job_config, "nested", "nested experts")
     if hasattr(model_args, "modality_names"):
         refuse_prompt_keys(job_config)
+        refuse_diffusers_keys(job_config)
         _check_token_data(job_config, model_args)
     else:
         _check_image_data(job_config, model_args)
@@ -237,6 +241,8 @@ def _check_image_data(job_config: MixtureJobConfig, model_args: Any) -> None:
         refuse_keys(job_config, "multimodal", "tokens of documents", TOKEN_KEYS)
         refuse_prompt_keys(job_config)
         image_data.check_splits(job_config)
+    check_diffusers(job_config, model_args)
+    check_domains(job_config, getattr(model_args, "is_prompted", False))
     image_data.warn_of_thumbnails(job_config)
     build_process(job_config.objective, model_args.in_channels)
 
@@ -268,6 +274,7 @@ def _check_objective(objective: Objective) -> None:
 def _check_token_data(job_config: MixtureJobConfig, model_args: Any) -> None:
     data = job_config.multimodal
     refuse_keys(job_config, "mixture", "router", ("routing", "top_k", "router_noise"))
+    refuse_keys(job_config, "multimodal", "experts for domains of images", DOMAIN_KEYS)
     if data.source == "folder":
         raise ValueError(
             f"multimodal.source = 'folder': holds images without captions, which model.name = "

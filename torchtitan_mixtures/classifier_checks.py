@@ -10,6 +10,7 @@ from typing import Any
 from torchtitan_mixtures import device
 from torchtitan_mixtures.classifier_config import Nested
 from torchtitan_mixtures.data import image_data
+from torchtitan_mixtures.data.domains import DOMAIN_KEYS
 from torchtitan_mixtures.data.latents import is_latent_folder
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.objectives.mixing import check_mixing
@@ -65,6 +66,7 @@ def check_classifier(job_config: MixtureJobConfig, model_args: Any) -> None:
     """
     refuse_keys(job_config, "mixture", "mixers and no towers of modalities")
     refuse_keys(job_config, "multimodal", "tokens of documents", TOKEN_KEYS)
+    refuse_keys(job_config, "multimodal", "experts for domains of images", DOMAIN_KEYS)
     refuse_keys(job_config, "objective", "noise to remove")
     if model_args.num_experts == 1:
         refuse_keys(job_config, "nested", "nested experts", owner="model.flavor")

@@ -8,6 +8,29 @@ import types
 import typing
 from typing import Annotated, Any, Literal, Union
 
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+def _parse_numbers(text: str) -> dict[str, float]:
+    """Read `name=number` pairs, joined by commas, from the command line."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    return {name.strip(): float(number) for name, _, number in pairs}
+
+
+# A TOML writes { text = 1e-4, image = 3e-3 }. By itself tyro would take this key on the command
+# line in another form when the TOML has the table than when it does not, and 0.5 not for a 1.
+Numbers = Annotated[
+    dict[str, float],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME=NUMBER,...",
+        instance_from_str=lambda words: _parse_numbers(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [",".join(f"{k}={v}" for k, v in value.items())],
+    ),
+]
+"""A table from names to numbers; on the command line `name=number,name=number`."""
+
 
 def matches_type(value: Any, expected: Any) -> bool:
     """Say whether a configuration value may stand where its field's annotation says `expected`.

@@ -59,14 +59,34 @@ def check_layout(job_config: MixtureJobConfig, model_args: Any) -> None:
                 f"parallelism.{key} = {degree}: no family of this plugin has routed experts to "
                 "distribute; set it to 1."
             )
-    cuts = _cuts(job_config.model.name)
-    check_tensor_parallel(job_config, model_args, cuts.tensor_parallel)
-    _check_context_parallel(job_config, model_args, cuts.context_parallel)
+    # A mixture of models is cut as its parts are.
+    for family, part in getattr(model_args, "parts", [(job_config.model.name, model_args)]):
+        cuts = _cuts(family)
+        check_tensor_parallel(job_config, part, cuts.tensor_parallel)
+        _check_context_parallel(job_config, part, cuts.context_parallel)
+    _check_parts(job_config, model_args)
     _check_pipeline(job_config, model_args)
     ranks = _check_degrees(job_config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
     check_batch_sizes(job_config, ranks)
     if hasattr(model_args, "modality_names"):  # the readers of token data share its shards
         count_shards(job_config, ranks)
+
+
+def _check_parts(job_config: MixtureJobConfig, model_args: Any) -> None:
+    """Check what the parts of a mixture of models must have in common."""
+    degree = job_config.parallelism.context_parallel_degree
+    if degree > 1 and not getattr(model_args, "same_patches", True):
+        sizes = {expert: args.patch_size for expert, (_, args) in zip(
+            model_args.experts, model_args.parts, strict=True)}  # fmt: skip
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {degree}: ranks cannot share the tokens of "
+            f"experts with different patches ({sizes}); set it to 1."
+        )
+    if degree > 1 and not getattr(model_args, "parts", True):
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {degree}: a router alone has no tokens to "
+            "share; set it to 1."
+        )
 
 
 def check_batch_sizes(job_config: JobConfig, ranks: int) -> None:

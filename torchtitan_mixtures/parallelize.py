@@ -240,7 +240,22 @@ def apply_fsdp(
     A block is one unit with the weights of all its towers: every rank gathers and reduces the
     same buffers whatever modalities its tokens have, so ranks cannot wait for each other.
     """
-    training, policy = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
+    arguments = fsdp_arguments(mesh, job_config)
+    policy = job_config.parallelism.fsdp_reshard_after_forward
+    # Under pipeline parallelism every microbatch would gather again.
+    reshard = policy == "always" or (policy == "default" and not parallel_dims.pp_enabled)
+    blocks = [[f"layers.{name}"] for name, _ in model.get_submodule("layers").named_children()]
+    for paths in (*cuts.units_before, *blocks):
+        _shard_unit(model, paths, reshard, arguments)
+    for paths in cuts.units_after:
+        # Needed again at once in the backward pass, so they stay gathered by default.
+        _shard_unit(model, paths, policy == "always", arguments)
+    finish_fsdp(model, arguments)
+
+
+def fsdp_arguments(mesh: DeviceMesh, job_config: JobConfig) -> dict[str, Any]:
+    """Make what `fully_shard` is told of every unit of a model."""
+    training = job_config.training
     arguments: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -252,20 +267,23 @@ def apply_fsdp(
     if training.enable_cpu_offload:
         # Only memory of an accelerator's host can be pinned.
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=device.has_accelerator())
-    # Under pipeline parallelism every microbatch would gather again.
-    reshard = policy == "always" or (policy == "default" and not parallel_dims.pp_enabled)
-    blocks = [[f"layers.{name}"] for name, _ in model.get_submodule("layers").named_children()]
-    for paths in (*cuts.units_before, *blocks):
-        _shard_unit(model, paths, reshard, arguments)
-    for paths in cuts.units_after:
-        # Needed again at once in the backward pass, so they stay gathered by default.
-        _shard_unit(model, paths, policy == "always", arguments)
+    return arguments
+
+
+def finish_fsdp(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Shard what is in no unit yet, and let ranks sum their gradients.
+
+    Args:
+        model: The model, whose units are sharded.
+        arguments: See `fsdp_arguments`.
+    """
     # The root would round times and positions to the parameters' precision with all other inputs;
     # units cast what their own layers take.
-    arguments["mp_policy"] = dataclasses.replace(arguments["mp_policy"], cast_forward_inputs=False)
-    fully_shard(model, **arguments)
+    policy = dataclasses.replace(arguments["mp_policy"], cast_forward_inputs=False)
+    fully_shard(model, **{**arguments, "mp_policy": policy})
     # A layer with a bias returns a view. The warning is of writing into it, which nothing does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh: DeviceMesh = arguments["mesh"]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

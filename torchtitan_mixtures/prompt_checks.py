@@ -9,6 +9,7 @@ from typing import Any
 
 from torchtitan_mixtures.classifier_checks import refuse_keys
 from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.objectives.denoising import is_mixture_of_diffusers
 
 PROMPT_KEYS = (
     *("prompt_length", "long_prompts", "text_encoders", "text_encoder_dtype"),
@@ -43,11 +44,12 @@ def check_prompted(job_config: MixtureJobConfig, model_args: Any) -> None:
     Raises:
         ValueError: Names the key, its value and what is allowed.
     """
-    refuse_keys(job_config, "mixture", "experts and no towers that these keys are about")
+    if not is_mixture_of_diffusers(model_args):
+        refuse_keys(job_config, "mixture", "experts and no towers that these keys are about")
+        refuse_keys(job_config, "objective", "router", ("balance_weight", "z_weight"))
     refuse_keys(job_config, "multimodal", "tokens of documents", _DOCUMENT_KEYS)
     refuse_keys(job_config, "multimodal", "classes", _CLASS_KEYS)
     refuse_keys(job_config, "objective", "classes", ("class_dropout",))
-    refuse_keys(job_config, "objective", "router", ("balance_weight", "z_weight"))
     data = job_config.multimodal
     if data.source == "emoji":
         refuse_keys(job_config, "multimodal", "columns on emoji", ("caption_column",))

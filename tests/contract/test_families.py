@@ -69,6 +69,10 @@ def is_prompted(args):
     return getattr(args, "is_prompted", False)
 
 
+def is_mixture_of_diffusers(args):
+    return hasattr(args, "expert_args")
+
+
 def test_the_spec_is_complete(family):
     spec = get_train_spec(family)
     assert issubclass(spec.model_cls, ModelProtocol)
@@ -153,6 +157,13 @@ PARAMETERS = {
     "mmdit/SD3-medium": 2_028_328_000,
     "mmdit/d15_dit": 259_010_944,
     "mmdit/d24_dit": 1_039_248_448,
+    "mixdiff/debugmodel": 4_061_731,
+    "mixdiff/debugmodel_mmdit": 9_221_843,
+    "mixdiff/S/4x4": 133_055_620,
+    "mixdiff/S/2x8": 265_878_984,
+    "mixdiff/B/2x8": 1_059_145_608,
+    "mixdiff/XL/2x8": 5_527_831_560,
+    "mixdiff/d15x4": 2_003_735_684,
     "mone/debugmodel": 809_615,
     "mone/debugmodel_dense": 809_098,
     "mone/debugmodel_dense_64": 207_946,
@@ -192,6 +203,8 @@ def test_every_configuration_builds_with_the_counted_parameters(config, tmp_path
             (tmp_path / name).mkdir()
             Image.new("RGB", (40, 40), "red").save(tmp_path / name / "1.png")
         job.multimodal.path = str(tmp_path)
+    if job.multimodal.domains == "" and job.model.name == "mixdiff":
+        job.multimodal.domains = "class"
     if job.model.name == "mmdit" and job.multimodal.source != "emoji":
         (tmp_path / "metadata.csv").write_text("file_name,caption\ncat/1.png,a cat\n")
         job.multimodal.source, job.multimodal.path = "datasets", str(tmp_path)
@@ -210,15 +223,18 @@ def test_every_configuration_builds_with_the_counted_parameters(config, tmp_path
         assert 0 < flops <= 6 * args.num_active_parameters + attention
     elif is_classifier(args):
         assert flops == 6 * args.macs_per_image()
-    elif is_prompted(args):
+    elif is_prompted(args) or is_mixture_of_diffusers(args):
         assert flops == round(6 * args.macs_per_image() / args.num_tokens)
     else:
         assert 0 < flops < 6 * args.num_active_parameters * 2
 
 
-def added_parameters(job, args):
+def added_parameters(job, args, flavor=None):
     """What a job's data adds to the parameters of its flavour."""
-    flavor = get_train_spec(job.model.name).model_args[job.model.flavor]
+    flavor = flavor or get_train_spec(job.model.name).model_args[job.model.flavor]
+    if is_mixture_of_diffusers(args):
+        pairs = zip(args.expert_args, flavor.expert_args, strict=True)
+        return sum(added_parameters(job, *pair) for pair in pairs) + added_to_router(args, flavor)
     if is_over_tokens(args):
         return (args.total_vocab_size - args.vocab_size) * 2 * args.dim
     if is_classifier(args):
@@ -238,6 +254,14 @@ def added_parameters(job, args):
     )
     classes = args.num_classes - flavor.num_classes
     return (classes + more_in) * args.dim + more_out * (args.dim + 1)
+
+
+def added_to_router(args, flavor):
+    """Channels of its patches, classes that it may read, and rows of experts."""
+    patch = args.router_patch_size**2 * (args.in_channels - flavor.in_channels)
+    classes = 0 if args.is_prompted else args.num_classes - flavor.num_classes
+    experts = (args.num_experts - flavor.num_experts) * (args.router_dim + 1)
+    return (patch + classes) * args.router_dim + experts
 
 
 def parameters_of_prompts(args):
@@ -302,12 +326,15 @@ def test_batches_of_the_loader_are_what_forward_takes(family):
     assert all(isinstance(v, torch.Tensor) and v.shape[0] == len(inputs) for v in leaves)
 
 
+ENOUGH = {"mixdiff": ("--training.local_batch_size=12",)}
+"""What lets every part of a model have something to learn from; mostly two samples do."""
+
 WITHOUT_GRADIENT = {"mmdit": {"layers.3.attention.q_norm.text.weight"}}
 """Stable Diffusion 3 has queries of text in the last block, from which nothing is read."""
 
 
 def test_a_step_has_a_finite_loss_and_a_gradient_everywhere(family):
-    job = debug_job(family)
+    job = debug_job(family, *ENOUGH.get(family, ()))
     model, args = build_model(job)
     if not is_over_tokens(args):  # branches and head start at zero and would stop gradients
         rng = torch.Generator().manual_seed(0)
@@ -340,6 +367,8 @@ def test_the_loss_at_the_start_is_that_of_guessing(family):
         guess = math.log(args.num_classes)
     if is_prompted(args):  # the velocity of noise that starts at the image
         guess += float(targets.clean.square().mean())
+    if is_mixture_of_diffusers(args):  # and the domain
+        guess += math.log(args.num_experts)
     assert abs(float(loss / count) - guess) < 0.7
 
 

@@ -14,13 +14,15 @@ from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.models import FAMILIES
 
-LOWER = {"mot": (1.5, 0.3), "mom": (0.5, 0.1), "mone": (0.1, 0.01), "mmdit": (0.3, 0.05)}
+LOWER = {"mot": (1.5, 0.3), "mom": (0.5, 0.1), "mone": (0.1, 0.01), "mmdit": (0.3, 0.05),
+         "mixdiff": (0.5, 0.1)}  # fmt: skip
 """By how much forty steps and eight steps lower the loss at least."""
 
 TO_LEARN = {"mone": ("--training.local_batch_size=32",)}
 """What makes a few steps enough: two pictures say nothing about classes."""
 
-EVEN_LOSS = {"mot": (), "mom": ("--objective.balance_weight=0",), "mone": (), "mmdit": ()}
+EVEN_LOSS = {"mot": (), "mom": ("--objective.balance_weight=0",), "mone": (), "mmdit": (),
+             "mixdiff": ()}  # fmt: skip
 """Makes the loss a mean over samples: the load of a router is that of a microbatch."""
 
 

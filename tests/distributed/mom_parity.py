@@ -125,6 +125,7 @@ class Run:
         spec = get_train_spec(self.family)
         with torch.device("meta"):
             model: Any = spec.model_cls(args)
+        model.to(torch.float64)  # some parts are float32 whatever the default is
         if is_parallel:
             model = spec.parallelize_fn(model, dims, job)
         model.to_empty(device="cpu")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
 
+from tests.checkpoints import save_tiny_mixdiff
 from tests.jobs import ROOT, debug_job
 from torchtitan_mixtures.checks import check_arguments
 from torchtitan_mixtures.models.mmdit import AdaptiveAttention, MMDiT, MMDiTBlock
@@ -266,7 +268,34 @@ def run_adaptive_attention(here):
     assert attention(torch.randn(2, 5, 16)).shape == (2, 5, 16)
 
 
+@cache
+def run_written_out_generation():
+    """The example in the README of mixdiff, on a small checkpoint and with fewer steps."""
+    readme = (ROOT / "torchtitan_mixtures/models/mixdiff/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny_mixdiff(Path(folder))
+        ready = code.replace("outputs/mixdiff/debugmodel", folder).replace("steps(50)", "steps(3)")
+        names = {}
+        exec(ready, names)
+    assert names["image"].shape == (3, 32, 32) and names["image"].isfinite().all()
+    return re.sub(r"\s+", " ", code)
+
+
+def run_line_of_generation(here):
+    line = here.split("`")[1]
+    for part in line.split("..."):
+        assert part.strip() in run_written_out_generation()
+
+
 CHECKS = {
+    "weights = router.predict_weights": run_line_of_generation,
+    "active_experts = get_top_k": run_line_of_generation,
+    "latent = initialize_noise": run_line_of_generation,
+    "for step in diffusion_steps": run_line_of_generation,
+    "noise_pred = sum(": run_line_of_generation,
+    "latent = update_latent": run_line_of_generation,
+    "return decode": run_line_of_generation,
     "from mmdit import": run_import,
     "from mmdit.mmdit_generalized_pytorch": run_import,
     "block(time_cond": run_mmdit_block,

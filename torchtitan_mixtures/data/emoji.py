@@ -210,17 +210,20 @@ class EmojiCorpus:
         concept = drawing.concept
         return describe(concept.name, concept.keywords, STYLE_WORDS[drawing.style], rng)
 
-    def compose_scene(self, rng: random.Random, split: str, size: int = 32) -> Scene:
+    def compose_scene(
+        self, rng: random.Random, split: str, size: int = 32, pool: Sequence[Drawing] = ()
+    ) -> Scene:
         """Place two to four emoji on one canvas and say how they lie to each other.
 
         Args:
             rng: The only source of variety: equal states give equal scenes.
             split: Every drawing of the scene is from this split.
             size: Height and width of the image: 16, 32 or 64.
+            pool: Its drawings are some of these of the split; none: of all.
         """
         _check_size(size)
         relation = rng.choice(tuple(RELATIONS))
-        pool = self.drawings(split)
+        pool = pool or self.drawings(split)
         subjects = _draw_side(rng, pool, ())
         objects = _draw_side(rng, pool, subjects)
         boxes = (

@@ -14,6 +14,7 @@ A batch is `(input_dict, labels)`:
 | `latent_std`   | like `input`; for encoded latents alone    | their standard deviation           |
 | `class_labels` | `(batch,)` int64, or of multi-label data   | class, or classes and then -1      |
 |                | `(batch, max_labels)`                      |                                    |
+| `domain_labels`| `(batch,)` int64; only with domains        | see `domains.py`; padding: 0       |
 | `sample_index` | `(batch,)` int64                           | g; in validation the image's index |
 | labels         | `(batch, tokens)` int64; of a classifier   | 0, or -100 = no loss               |
 |                | `(batch, 1)`                               |                                    |
@@ -39,9 +40,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtitan_mixtures.data.augment import Augmentation
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
+from torchtitan_mixtures.data.domains import Domains
 from torchtitan_mixtures.data.image_files import BrokenImageError
 from torchtitan_mixtures.data.image_sets import ClassImage, ImageSet
-from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.shards import Share
 from torchtitan_mixtures.data.sources import document_rng, epoch_order
 from torchtitan_mixtures.job_config import Multimodal
@@ -60,11 +61,13 @@ class Draw(NamedTuple):
         number: Its `sample_index`.
         image: What the split says of it, such as a `ClassImage`; None if it could not be read.
         broken: Key and reason of every image that was tried in vain.
+        domain: Number of the domain of the image, if there are domains.
     """
 
     number: int
     image: Any
     broken: Sequence[tuple[str, str]] = ()
+    domain: int = 0
 
 
 class CollatedDraws(NamedTuple):
@@ -100,6 +103,7 @@ class Collator:
         num_tokens: Positions of an image that are supervised.
         batch_size: Samples of a batch; if there are fewer, the rest is padding without loss.
         max_labels: Classes of an image at most; 1 = it has exactly one.
+        has_domains: Whether images have domains.
     """
 
     shape: tuple[int, int, int]
@@ -107,6 +111,7 @@ class Collator:
     num_tokens: int
     batch_size: int
     max_labels: int = 1
+    has_domains: bool = False
 
     def __call__(self, draws: Sequence[Draw]) -> CollatedDraws:
         """Make a batch; what could not be read has no loss."""
@@ -117,6 +122,8 @@ class Collator:
         inputs["class_labels"] = torch.zeros(size, dtype=torch.int64)
         if self.max_labels > 1:
             inputs["class_labels"] = torch.full((size, self.max_labels), NO_CLASS)
+        if self.has_domains:
+            inputs["domain_labels"] = torch.zeros(size, dtype=torch.int64)
         inputs["sample_index"] = torch.zeros(size, dtype=torch.int64)
         labels = torch.full((size, self.num_tokens), IGNORE_INDEX)
         for row, draw in enumerate(draws):
@@ -126,6 +133,8 @@ class Collator:
             inputs["input"][row] = draw.image.image
             if draw.image.std is not None:
                 inputs["latent_std"][row] = draw.image.std
+            if self.has_domains:
+                inputs["domain_labels"][row] = draw.domain
             label = draw.image.label
             if isinstance(label, int):
                 inputs["class_labels"][row] = label
@@ -134,47 +143,6 @@ class Collator:
             labels[row] = 0
         num_read = sum(draw.image is not None for draw in draws)
         return CollatedDraws(inputs, labels, num_read, [b for draw in draws for b in draw.broken])
-
-
-class BrokenImageCounter:
-    """Counts images and stops the run if too many are broken; see `SampleJudge`.
-
-    Each image counts once, however many epochs there are. Each rank judges those that it found to
-    be broken, from the start or the resumption of the run on: among those that it has read, and
-    from the end of the first epoch on among all, which all ranks together have read by then.
-
-    Args:
-        config: The `[multimodal]` section.
-        split: Name of the split, for messages.
-        num_images: Images of an epoch, of all ranks together.
-    """
-
-    def __init__(self, config: Multimodal, split: str, num_images: int) -> None:
-        self._judge = SampleJudge(config, split)
-        self._counts = self._judge.new_counts()
-        self._num_images = num_images
-        self._broken: set[str] = set()  # keys
-
-    def add(self, batch: CollatedDraws) -> None:
-        """Count the images of a batch."""
-        self._counts.good_in_epoch += batch.num_read
-        self._see(batch.num_read)
-        for key, reason in batch.broken:
-            if key not in self._broken:
-                self._broken.add(key)
-                self._see(1)
-                self._judge.count_bad(self._counts, key, ValueError(reason))
-
-    def end_epoch(self) -> None:
-        """Judge a whole epoch, however few images it has."""
-        if not self._counts.seen:  # a rank for which no image was left
-            return
-        self._counts.seen = self._num_images
-        self._judge.end_epoch(self._counts)
-
-    def _see(self, count: int) -> None:
-        # Images that stand in for broken ones are read twice.
-        self._counts.seen = min(self._counts.seen + count, self._num_images)
 
 
 class AnyImages(Protocol):
@@ -200,9 +168,17 @@ class EndlessImages(IterableDataset, ABC):
         seed: Of the order.
         rank: Data-parallel rank.
         collator: Makes batches.
+        domains: Which images are taken, and how often; None = all, once in an epoch.
     """
 
-    def __init__(self, images: AnyImages, seed: int, rank: Share, collator: AnyCollator) -> None:
+    def __init__(
+        self,
+        images: AnyImages,
+        seed: int,
+        rank: Share,
+        collator: AnyCollator,
+        domains: Domains | None = None,
+    ) -> None:
         self.num_consumed = 0
         """Samples that were handed out on all ranks together; where the next iteration starts."""
         self.samples_of_round = collator.batch_size * rank.count
@@ -210,12 +186,18 @@ class EndlessImages(IterableDataset, ABC):
         self._seed = seed
         self._rank = rank
         self._collator = collator
+        self._domains = domains
         self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
 
     @property
+    def num_images(self) -> int:
+        """Images that are taken."""
+        return len(self._images) if self._domains is None else len(self._domains.chosen)
+
+    @property
     def samples_of_epoch(self) -> int:
-        """Samples after which every image was taken once more."""
-        return len(self._images)
+        """Samples after which every image was taken once more, or domains had their shares."""
+        return self.num_images
 
     def __iter__(self) -> Iterator[CollatedDraws]:
         """Iterate from `num_consumed` on."""
@@ -231,7 +213,8 @@ class EndlessImages(IterableDataset, ABC):
         broken = []
         for candidate in self._candidates(number):
             try:
-                return Draw(number, self._read(candidate, number), broken)
+                image = self._read(candidate, number)
+                return Draw(number, image, broken, _domain_of(self._domains, candidate))
             except BrokenImageError as error:
                 broken.append((self._images.key(candidate), str(error)))
         return Draw(number, None, broken)
@@ -242,9 +225,11 @@ class EndlessImages(IterableDataset, ABC):
 
     def _candidates(self, number: int) -> Iterable[int]:
         """The image of a sample, and those that may take its place, in order."""
-        size = len(self._images)
+        size = self.samples_of_epoch
         epoch, place = divmod(number, size)
         index = int(self._order(epoch)[place])
+        if self._domains is not None:
+            return from_member(self._domains.members_like(index), index)
         return ((index + step) % size for step in range(min(size, MAX_REPLACEMENTS)))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
@@ -256,6 +241,8 @@ class EndlessImages(IterableDataset, ABC):
         return self._orders[epoch]
 
     def _make_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._domains is not None:
+            return self._domains.order(self._seed, epoch)
         return epoch_order(self._seed, epoch, len(self._images))
 
 
@@ -268,6 +255,7 @@ class TrainingImages(EndlessImages):
         rank: Data-parallel rank.
         collator: Makes batches.
         augmentation: Changes images; None = leave them as they are.
+        domains: See `EndlessImages`.
     """
 
     def __init__(
@@ -277,8 +265,9 @@ class TrainingImages(EndlessImages):
         rank: Share,
         collator: Collator,
         augmentation: Augmentation | None = None,
+        domains: Domains | None = None,
     ) -> None:
-        super().__init__(images, config.seed, rank, collator)
+        super().__init__(images, config.seed, rank, collator, domains)
         self.images = images
         self._random_flip = config.random_flip
         self._augmentation = augmentation
@@ -309,12 +298,19 @@ class ImagePass(IterableDataset, ABC):
         rank: Data-parallel rank.
         collator: Makes batches.
         max_batches: Batches of a pass at most; -1 = no limit.
+        domains: Which images are taken; None = all.
     """
 
     def __init__(
-        self, images: AnyImages, rank: Share, collator: AnyCollator, max_batches: int = -1
+        self,
+        images: AnyImages,
+        rank: Share,
+        collator: AnyCollator,
+        max_batches: int = -1,
+        domains: Domains | None = None,
     ) -> None:
         self._images = images
+        self._domains = domains
         self._rank = rank
         self._collator = collator
         self._samples_of_round = collator.batch_size * rank.count
@@ -337,14 +333,18 @@ class ImagePass(IterableDataset, ABC):
 
     def _draw(self, index: int) -> Draw:
         try:
-            return Draw(index, self._read(index))
+            return Draw(index, self._read(index), (), _domain_of(self._domains, index))
         except BrokenImageError as error:
             return Draw(index, None, [(self._images.key(index), str(error))])
 
     def _make_rounds(self) -> list[NDArray[np.int64]]:
         """The images of each batch of all ranks together; the last may have fewer."""
+        return split_evenly(self._pass_order(), self._samples_of_round)
+
+    def _pass_order(self) -> NDArray[np.int64]:
+        """The images of a pass, mixed; some of them are in the order that all would be in."""
         order = epoch_order(0, 0, len(self._images), "validation")
-        return split_evenly(order, self._samples_of_round)
+        return order if self._domains is None else order[np.isin(order, self._domains.chosen)]
 
 
 class ValidationImages(ImagePass):
@@ -355,12 +355,18 @@ class ValidationImages(ImagePass):
         rank: Data-parallel rank.
         collator: Makes batches.
         max_batches: Batches of a pass at most; -1 = no limit.
+        domains: See `ImagePass`.
     """
 
     def __init__(
-        self, images: ImageSet, rank: Share, collator: Collator, max_batches: int = -1
+        self,
+        images: ImageSet,
+        rank: Share,
+        collator: Collator,
+        max_batches: int = -1,
+        domains: Domains | None = None,
     ) -> None:
-        super().__init__(images, rank, collator, max_batches)
+        super().__init__(images, rank, collator, max_batches, domains)
         self.images = images
 
     def _read(self, index: int) -> ClassImage:
@@ -370,6 +376,17 @@ class ValidationImages(ImagePass):
 def split_evenly(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     """Cut an order into parts of `size`, the last of which may be shorter."""
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def from_member(members: NDArray[np.int64], index: int) -> Iterator[int]:
+    """An image and those that may take its place: the members after it, in a circle."""
+    first = int(np.searchsorted(members, index))
+    for step in range(min(len(members), MAX_REPLACEMENTS)):
+        yield int(members[(first + step) % len(members)])
+
+
+def _domain_of(domains: Domains | None, index: int) -> int:
+    return 0 if domains is None else int(domains.labels[index])
 
 
 def _this_worker() -> Share:

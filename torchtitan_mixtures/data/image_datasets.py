@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+from numpy.typing import NDArray
 from PIL import Image
 
 from torchtitan_mixtures.data.image_files import BrokenImageError, Crop, crop_picture
@@ -224,6 +226,10 @@ class PictureRows:
         where = f"{self._path}:{self._split}[{index}]"
         return f"{where} ({path})" if path and isinstance(path, str) else where
 
+    def relative_key(self, index: int) -> str:
+        """The number of the row, as a string."""
+        return str(index)
+
 
 class DatasetImages:
     """The pictures of a split of a data set, with their classes.
@@ -261,6 +267,15 @@ class DatasetImages:
         """See `ImageSet.key`."""
         return self._rows.key(index)
 
+    def relative_key(self, index: int) -> str:
+        """See `ImageSet.relative_key`."""
+        return self._rows.relative_key(index)
+
+    def labels(self) -> NDArray[np.int64]:
+        """See `ImageSet.labels`."""
+        column = self._rows.data.with_format(None)[self._config.label_column]
+        return np.array([self._number_of(label) for label in column], np.int64)
+
     def fingerprint(self) -> dict[str, Any]:
         """See `ImageSet.fingerprint`."""
         keys = ("name", "data_files", "image_column", "label_column")
@@ -289,7 +304,10 @@ def _class_dataset(data_files: tuple[str, ...], **keys: Any) -> ClassDataset:
 
 
 def open_columns(
-    config: Multimodal, key: str, split: str, *columns: Literal["label_column", "caption_column"]
+    config: Multimodal,
+    key: str,
+    split: str,
+    *columns: Literal["label_column", "caption_column", "domain_column"],
 ) -> datasets.Dataset:
     """Open a split; only the images, not decoded, and other columns.
 

@@ -11,12 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
-from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures.data.augment import AUGMENTATION_KEYS, Augmentation
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
+from torchtitan_mixtures.data.domains import Domains, domain_fingerprint, open_domains
 from torchtitan_mixtures.data.image_batches import (
-    BrokenImageCounter,
     CollatedDraws,
     Collator,
     EndlessImages,
@@ -24,9 +23,11 @@ from torchtitan_mixtures.data.image_batches import (
     TrainingImages,
     ValidationImages,
 )
+from torchtitan_mixtures.data.image_counter import BrokenImageCounter
 from torchtitan_mixtures.data.image_data import image_spec, open_images
 from torchtitan_mixtures.data.image_sets import ImageSet
 from torchtitan_mixtures.data.loader import multimodal_section, worker_options
+from torchtitan_mixtures.data.model_flavor import model_flavor
 from torchtitan_mixtures.data.sequences import Batch
 from torchtitan_mixtures.data.shards import Share, check_fingerprint
 
@@ -152,8 +153,10 @@ def build_image_dataloader(
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
     """
     config = multimodal_section(job_config)
-    images = open_images(job_config, "multimodal.train_split", config.train_split)
-    collator = _collator(job_config, images, job_config.training.local_batch_size)
+    key, split = "multimodal.train_split", config.train_split
+    images = open_images(job_config, key, split)
+    domains = open_domains(job_config, key, split, images)
+    collator = _collator(job_config, images, job_config.training.local_batch_size, domains)
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
     if config.source == "folder":  # which may have moved; names in it say what it is
         del fingerprint["multimodal.path"]
@@ -164,10 +167,11 @@ def build_image_dataloader(
         for key in AUGMENTATION_KEYS:
             fingerprint[f"classification.{key}"] = getattr(section, key)
     rank = Share(dp_rank, dp_world_size)
+    dataset = TrainingImages(images, config, rank, collator, augmentation, domains)
     return ImageDataLoader(
-        TrainingImages(images, config, rank, collator, augmentation),
-        BrokenImageCounter(config, config.train_split, len(images)),
-        {**fingerprint, **images.fingerprint()},
+        dataset,
+        BrokenImageCounter(config, split, dataset.num_images),
+        {**fingerprint, **images.fingerprint(), **domain_fingerprint(config)},
         **worker_options(job_config, "training"),
     )
 
@@ -190,10 +194,12 @@ def build_image_validation_dataloader(
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
     """
     config, settings = multimodal_section(job_config), job_config.validation
-    images = open_images(job_config, "multimodal.validation_splits", split)
-    collator = _collator(job_config, images, settings.local_batch_size)
+    key = "multimodal.validation_splits"
+    images = open_images(job_config, key, split)
+    domains = open_domains(job_config, key, split, images)
+    collator = _collator(job_config, images, settings.local_batch_size, domains)
     rank = Share(dp_rank, dp_world_size)
-    dataset = ValidationImages(images, rank, collator, settings.steps)
+    dataset = ValidationImages(images, rank, collator, settings.steps, domains)
     return ImageValidationLoader(
         dataset,
         partial(BrokenImageCounter, config, split, dataset.num_images),
@@ -201,20 +207,19 @@ def build_image_validation_dataloader(
     )
 
 
-def _collator(job_config: JobConfig, images: ImageSet, batch_size: int) -> Collator:
+def _collator(
+    job_config: JobConfig, images: ImageSet, batch_size: int, domains: Domains | None
+) -> Collator:
     num_tokens = 1  # a classifier is supervised once per image
     if not _is_classifier(job_config):
-        num_tokens = (image_spec(job_config).size // _model_args(job_config).patch_size) ** 2
-    return Collator(images.shape, images.has_std, num_tokens, batch_size, images.max_labels)
+        num_tokens = (image_spec(job_config).size // model_flavor(job_config).patch_size) ** 2
+    has_domains = domains is not None
+    shape, has_std, labels = images.shape, images.has_std, images.max_labels
+    return Collator(shape, has_std, num_tokens, batch_size, labels, has_domains)
 
 
 def _is_classifier(job_config: JobConfig) -> bool:
-    return getattr(_model_args(job_config), "is_classifier", False)
-
-
-def _model_args(job_config: JobConfig) -> Any:
-    model = job_config.model
-    return get_train_spec(model.name).model_args[model.flavor]
+    return getattr(model_flavor(job_config), "is_classifier", False)
 
 
 def _make_loader(

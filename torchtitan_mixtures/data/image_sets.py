@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from torchtitan_mixtures.data.emoji import EmojiCorpus
+from torchtitan_mixtures.data.emoji import STYLES, Drawing, EmojiCorpus
 from torchtitan_mixtures.data.image_files import SUFFIXES, Crop, crop_picture, read_picture
+
+if TYPE_CHECKING:
+    from torchtitan_mixtures.multimodal_config import ClassOf
 
 HELD_OUT_SPLITS = ("train", "val")
 """Splits of a folder that is not divided itself."""
@@ -72,6 +75,14 @@ class ImageSet(Protocol):
         """What finds the image again, for messages."""
         ...
 
+    def relative_key(self, index: int) -> str:
+        """What finds the image again within its split, wherever that lies."""
+        ...
+
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each image, `(images,)`, of sets whose images have exactly one."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """What the order of samples depends on, beside the keys of the TOML."""
         ...
@@ -85,12 +96,35 @@ def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
 # --- emoji ----------------------------------------------------------------------------------------
 
 
-def emoji_classes(class_of: Literal["group", "concept"]) -> tuple[str, ...]:
-    """Name the classes of the embedded corpus: its groups, or the concepts of its split `train`."""
+def emoji_classes(class_of: ClassOf) -> tuple[str, ...]:
+    """Name the classes of the embedded corpus.
+
+    Args:
+        class_of: What is a class: its groups, its styles, each group in each style (as
+            "noto/Objects"), or the concepts of its split `train`.
+    """
     corpus = EmojiCorpus.load()
     if class_of == "group":
         return corpus.groups
+    if class_of == "style":
+        return STYLES
+    if class_of == "style+group":
+        return tuple(f"{style}/{group}" for style in STYLES for group in corpus.groups)
     return tuple(concept.name for concept in corpus.concepts if concept.split == "train")
+
+
+def _emoji_class(drawing: Drawing, class_of: ClassOf) -> str:
+    names = {
+        "group": drawing.concept.group,
+        "style": drawing.style,
+        "concept": drawing.concept.name,
+    }
+    return names.get(class_of, f"{drawing.style}/{drawing.concept.group}")
+
+
+def drawing_key(drawing: Drawing) -> str:
+    """What finds a drawing of the embedded corpus again."""
+    return f"{drawing.concept.slug} ({drawing.style})"
 
 
 class EmojiImages:
@@ -98,21 +132,19 @@ class EmojiImages:
 
     Args:
         split: A split of the corpus whose concepts have classes.
-        class_of: What is a class.
+        class_of: What is a class, see `emoji_classes`.
         size: Height and width: 16, 32 or 64.
     """
 
     has_std = False
     max_labels = 1
 
-    def __init__(self, split: str, class_of: Literal["group", "concept"], size: int) -> None:
+    def __init__(self, split: str, class_of: ClassOf, size: int) -> None:
         self._corpus = EmojiCorpus.load()
         self._drawings = self._corpus.drawings(split)
         self.shape = (3, size, size)
         number = {name: label for label, name in enumerate(emoji_classes(class_of))}
-        concepts = [drawing.concept for drawing in self._drawings]
-        names = [c.group if class_of == "group" else c.name for c in concepts]
-        self._labels = [number[name] for name in names]
+        self._labels = [number[_emoji_class(drawing, class_of)] for drawing in self._drawings]
         self._pixels: dict[int, NDArray[np.uint8]] = {}  # of drawings that were read before
 
     def __len__(self) -> int:
@@ -131,7 +163,15 @@ class EmojiImages:
 
     def key(self, index: int) -> str:
         """See `ImageSet.key`."""
-        return f"{self._drawings[index].concept.slug} ({self._drawings[index].style})"
+        return drawing_key(self._drawings[index])
+
+    def relative_key(self, index: int) -> str:
+        """See `ImageSet.relative_key`."""
+        return drawing_key(self._drawings[index])
+
+    def labels(self) -> NDArray[np.int64]:
+        """See `ImageSet.labels`."""
+        return np.array(self._labels, np.int64)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `ImageSet.fingerprint`."""
@@ -261,6 +301,14 @@ class FolderImages:
     def key(self, index: int) -> str:
         """See `ImageSet.key`."""
         return str(self._root / os.fsdecode(self._paths[index]))
+
+    def relative_key(self, index: int) -> str:
+        """See `ImageSet.relative_key`."""
+        return Path(os.fsdecode(self._paths[index])).as_posix()
+
+    def labels(self) -> NDArray[np.int64]:
+        """See `ImageSet.labels`."""
+        return self._labels
 
     def fingerprint(self) -> dict[str, Any]:
         """See `ImageSet.fingerprint`."""

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -187,6 +188,11 @@ class Latents:
         number, row = self._find(index)
         return f"{self._folder / self._shards[number].file}[{row}]"
 
+    def relative_key(self, index: int) -> str:
+        """What finds an image again within the folder."""
+        number, row = self._find(index)
+        return f"{self._shards[number].file}[{row}]"
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells these latents from others."""
         shards = [(shard.file, shard.images, shard.bytes) for shard in self._shards]
@@ -217,6 +223,11 @@ class LatentImages(Latents):
     def __init__(self, folder: Path, split: str) -> None:
         super().__init__(folder, split)
         self.shape = self._index.shape_of(0)
+
+    def labels(self) -> NDArray[np.int64]:
+        """See `ImageSet.labels`."""
+        readers = [self._reader(number) for number in range(len(self._shards))]
+        return np.array([label for reader in readers for label in reader.labels], np.int64)
 
     def read(self, index: int, is_flipped: bool = False, crop: Crop | None = None) -> ClassImage:
         """See `ImageSet.read`."""

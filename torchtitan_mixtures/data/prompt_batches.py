@@ -16,6 +16,7 @@ A batch is `(input_dict, labels)`:
 | `input`        | `(batch, channels, height, width)` float32 | pixels in [-1, 1], or mean latents |
 | `latent_std`   | like `input`; for encoded latents alone    | their standard deviation           |
 | `prompt_...`   | `(batch, ...)`                             | see `prompt_texts.py`              |
+| `domain_labels`| `(batch,)` int64; only with domains        | see `domains.py`; padding: 0       |
 | `sample_index` | `(batch,)` int64                           | g; in validation the image's index |
 | labels         | `(batch, tokens)` int64                    | 0, or -100 = no loss               |
 """
@@ -32,16 +33,17 @@ from torch import Tensor
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
+from torchtitan_mixtures.data.domains import Domains
 from torchtitan_mixtures.data.image_batches import (
-    MAX_REPLACEMENTS,
-    BrokenImageCounter,
     CollatedDraws,
     Draw,
     EndlessImages,
     ImagePass,
+    from_member,
     is_mirrored,
     split_evenly,
 )
+from torchtitan_mixtures.data.image_counter import BrokenImageCounter
 from torchtitan_mixtures.data.prompt_sets import PromptedImage, PromptedSet
 from torchtitan_mixtures.data.shards import Share
 from torchtitan_mixtures.data.sources import document_rng, epoch_order
@@ -56,11 +58,13 @@ class PromptCollator:
         images: The split.
         patch: Side of a patch of `input`; each is a position that is supervised.
         batch_size: Samples of a batch; if there are fewer, the rest is padding without loss.
+        has_domains: Whether images have domains.
     """
 
     images: PromptedSet
     patch: int
     batch_size: int
+    has_domains: bool = False
 
     def __call__(self, draws: Sequence[Draw]) -> CollatedDraws:
         """Make a batch; what could not be read has no loss."""
@@ -73,6 +77,8 @@ class PromptCollator:
         blanks = self.images.prompter.blank
         for key, blank in blanks.items():
             inputs[key] = blank.new_empty(size, *blank.shape)
+        if self.has_domains:
+            inputs["domain_labels"] = torch.zeros(size, dtype=torch.int64)
         inputs["sample_index"] = torch.zeros(size, dtype=torch.int64)
         num_tokens = (shape[1] // self.patch) * (shape[2] // self.patch)
         labels = torch.full((size, num_tokens), IGNORE_INDEX)
@@ -81,6 +87,8 @@ class PromptCollator:
             inputs["sample_index"][row] = draw.number
             if draw.image is not None:
                 _put_row(inputs, row, draw.image)
+                if self.has_domains:
+                    inputs["domain_labels"][row] = draw.domain
                 labels[row] = 0
                 blank_rows.remove(row)
         for row in blank_rows:
@@ -149,6 +157,7 @@ class PromptTraining(EndlessImages):
         rank: Data-parallel rank.
         collator: Makes batches.
         global_batch_size: Samples of a step, of all ranks together.
+        domains: See `EndlessImages`; their shares are not for several shapes of images.
     """
 
     def __init__(
@@ -158,13 +167,15 @@ class PromptTraining(EndlessImages):
         rank: Share,
         collator: PromptCollator,
         global_batch_size: int,
+        domains: Domains | None = None,
     ) -> None:
-        super().__init__(images, config.seed, rank, collator)
+        super().__init__(images, config.seed, rank, collator, domains)
         self.images = images
         self._random_flip = config.random_flip
         self._global_batch_size = global_batch_size
         numbers = range(len(images.shapes))
-        self._members = [np.flatnonzero(images.buckets == number) for number in numbers]
+        chosen = np.arange(len(images)) if domains is None else domains.chosen
+        self._members = [chosen[images.buckets[chosen] == number] for number in numbers]
 
     @property
     def has_buckets(self) -> bool:
@@ -180,7 +191,7 @@ class PromptTraining(EndlessImages):
     def samples_of_epoch(self) -> int:
         """Samples after which every image was taken once more."""
         if not self.has_buckets:
-            return len(self.images)
+            return super().samples_of_epoch
         size = self._global_batch_size
         return sum(-(-len(members) // size) * size for members in self._members)
 
@@ -191,14 +202,10 @@ class PromptTraining(EndlessImages):
     def _candidates(self, number: int) -> Iterable[int]:
         """The image of a sample, and those of its shape that may take its place, in order."""
         if not self.has_buckets:
-            yield from super()._candidates(number)
-            return
+            return super()._candidates(number)
         epoch, place = divmod(number, self.samples_of_epoch)
         index = int(self._order(epoch)[place])
-        members = self._members[self.images.buckets[index]]
-        first = int(np.searchsorted(members, index))
-        for step in range(min(len(members), MAX_REPLACEMENTS)):
-            yield int(members[(first + step) % len(members)])
+        return from_member(self._members[self.images.buckets[index]], index)
 
     def _make_order(self, epoch: int) -> NDArray[np.int64]:
         if not self.has_buckets:
@@ -220,13 +227,19 @@ class PromptValidation(ImagePass):
         rank: Data-parallel rank.
         collator: Makes batches.
         max_batches: Batches of a pass at most; -1 = no limit.
+        domains: See `ImagePass`.
     """
 
     def __init__(
-        self, images: PromptedSet, rank: Share, collator: PromptCollator, max_batches: int = -1
+        self,
+        images: PromptedSet,
+        rank: Share,
+        collator: PromptCollator,
+        max_batches: int = -1,
+        domains: Domains | None = None,
     ) -> None:
         self.images = images
-        super().__init__(images, rank, collator, max_batches)
+        super().__init__(images, rank, collator, max_batches, domains)
 
     def _read(self, index: int) -> PromptedImage:
         return self.images.read(index, document_rng(0, index, "validation prompt"))
@@ -234,7 +247,7 @@ class PromptValidation(ImagePass):
     def _make_rounds(self) -> list[NDArray[np.int64]]:
         if len(self.images.shapes) == 1:
             return super()._make_rounds()
-        order = epoch_order(0, 0, len(self.images), "validation")
+        order = self._pass_order()
         buckets = self.images.buckets[order]
         rounds = [
             part

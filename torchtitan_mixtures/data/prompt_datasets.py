@@ -140,6 +140,10 @@ class CaptionedPictures:
         """What finds the picture again, for messages."""
         return self._rows.key(index)
 
+    def relative_key(self, index: int) -> str:
+        """What finds the picture again within its split."""
+        return self._rows.relative_key(index)
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells these pictures from others."""
         keys = ("name", "data_files", "image_column", "caption_column")
@@ -191,6 +195,10 @@ class PromptedPictures:
     def key(self, index: int) -> str:
         """See `PromptedSet.key`."""
         return self._pictures.key(index)
+
+    def relative_key(self, index: int) -> str:
+        """See `PromptedSet.relative_key`."""
+        return self._pictures.relative_key(index)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `PromptedSet.fingerprint`."""

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import JobConfig
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.aspect_ratios import Bucket, make_buckets
+from torchtitan_mixtures.data.domains import Domains, domain_fingerprint, open_domains
 from torchtitan_mixtures.data.emoji import SPLITS
 from torchtitan_mixtures.data.emoji_source import check_emoji
 from torchtitan_mixtures.data.image_data import check_emoji_images, check_latents, picture_size
 from torchtitan_mixtures.data.image_loader import ImageDataLoader, ImageValidationLoader
 from torchtitan_mixtures.data.latents import ENCODE_COMMAND, LatentIndex, is_latent_folder
 from torchtitan_mixtures.data.loader import multimodal_section, worker_options
+from torchtitan_mixtures.data.model_flavor import model_flavor
 from torchtitan_mixtures.data.prompt_batches import (
     PromptCollator,
     PromptCounter,
@@ -82,7 +83,7 @@ def prompted_image_spec(job_config: JobConfig) -> PromptedImageSpec:
     """
     config = multimodal_section(job_config)
     buckets = make_buckets(
-        config.aspect_ratios, config.image_size, _model_args(job_config).patch_size
+        config.aspect_ratios, config.image_size, model_flavor(job_config).patch_size
     )
     if config.source == "emoji":
         _check_emoji(config)
@@ -122,7 +123,7 @@ def check_prompt_split(job_config: JobConfig, key: str, split: str) -> None:
     config = multimodal_section(job_config)
     prompted_image_spec(job_config)
     if config.source == "emoji":
-        names = (*_model_args(job_config).prompt_names, "image")
+        names = (*model_flavor(job_config).prompt_names, "image")
         check_emoji(config, key.removeprefix("multimodal."), split, names)
     elif config.source == "datasets":
         # Imported late: `datasets` takes a second, which other runs need not pay.
@@ -172,7 +173,8 @@ def open_prompted_images(job_config: JobConfig, key: str, split: str) -> Prompte
     config = multimodal_section(job_config)
     prompter = Prompter(config, prompt_specs(job_config), split)
     if config.source == "emoji":
-        return PromptedEmoji(split, picture_size(config), config.scene_fraction, prompter)
+        by_style = config.domains == "style"
+        return PromptedEmoji(split, picture_size(config), config.scene_fraction, prompter, by_style)
     if config.source == "folder":
         return PromptedLatents(_latent_folder(config), split, prompter)
     from torchtitan_mixtures.data.prompt_datasets import CaptionedPictures, PromptedPictures
@@ -200,7 +202,9 @@ def build_prompt_dataloader(
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
     """
     config, settings = multimodal_section(job_config), job_config.training
-    images = open_prompted_images(job_config, "multimodal.train_split", config.train_split)
+    key, split = "multimodal.train_split", config.train_split
+    images = open_prompted_images(job_config, key, split)
+    domains = open_domains(job_config, key, split, images, is_prompted=True)
     global_batch_size = settings.global_batch_size
     if global_batch_size == -1:
         global_batch_size = settings.local_batch_size * dp_world_size
@@ -208,24 +212,26 @@ def build_prompt_dataloader(
         images,
         config,
         Share(dp_rank, dp_world_size),
-        _collator(job_config, images, settings.local_batch_size),
+        _collator(job_config, images, settings.local_batch_size, domains),
         global_batch_size,
+        domains,
     )
     fingerprint = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
     if config.source == "folder":  # which may have moved; names in it say what it is
         del fingerprint["multimodal.path"]
     fingerprint |= images.fingerprint() | images.prompter.fingerprint()
+    fingerprint |= domain_fingerprint(config)
     if dataset.has_buckets:
         fingerprint["training.global_batch_size"] = global_batch_size
         fingerprint["images of each aspect ratio"] = dataset.bucket_sizes
         logger.info(
             f"Images of each of multimodal.aspect_ratios {config.aspect_ratios}: "
             f"{dataset.bucket_sizes}; {dataset.samples_of_epoch} samples fill an epoch of "
-            f"{len(images)} images"
+            f"{dataset.num_images} images"
         )
     return ImageDataLoader(
         dataset,
-        PromptCounter(config, config.train_split, len(images)),
+        PromptCounter(config, split, dataset.num_images),
         fingerprint,
         **worker_options(job_config, "training"),
     )
@@ -249,9 +255,12 @@ def build_prompt_validation_dataloader(
         ValueError: A key does not fit the others, or data is broken; names it and the remedy.
     """
     config, settings = multimodal_section(job_config), job_config.validation
-    images = open_prompted_images(job_config, "multimodal.validation_splits", split)
-    collator = _collator(job_config, images, settings.local_batch_size)
-    dataset = PromptValidation(images, Share(dp_rank, dp_world_size), collator, settings.steps)
+    key = "multimodal.validation_splits"
+    images = open_prompted_images(job_config, key, split)
+    domains = open_domains(job_config, key, split, images, is_prompted=True)
+    collator = _collator(job_config, images, settings.local_batch_size, domains)
+    rank = Share(dp_rank, dp_world_size)
+    dataset = PromptValidation(images, rank, collator, settings.steps, domains)
     return ImageValidationLoader(
         dataset,
         partial(PromptCounter, config, split, dataset.num_images),
@@ -263,15 +272,12 @@ def build_prompt_validation_dataloader(
 _latent_index = functools.lru_cache(maxsize=4)(LatentIndex.read)
 
 
-def _collator(job_config: JobConfig, images: PromptedSet, batch_size: int) -> PromptCollator:
+def _collator(
+    job_config: JobConfig, images: PromptedSet, batch_size: int, domains: Domains | None
+) -> PromptCollator:
     config = multimodal_section(job_config)
-    factor = picture_size(config) // config.image_size
-    return PromptCollator(images, _model_args(job_config).patch_size * factor, batch_size)
-
-
-def _model_args(job_config: JobConfig) -> Any:
-    model = job_config.model
-    return get_train_spec(model.name).model_args[model.flavor]
+    patch = model_flavor(job_config).patch_size * (picture_size(config) // config.image_size)
+    return PromptCollator(images, patch, batch_size, domains is not None)
 
 
 def _check_emoji(config: Multimodal) -> None:

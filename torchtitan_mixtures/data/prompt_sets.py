@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchtitan_mixtures.data.emoji import EmojiCorpus
+from torchtitan_mixtures.data.emoji import STYLES, EmojiCorpus
 from torchtitan_mixtures.data.image_files import BrokenImageError
-from torchtitan_mixtures.data.image_sets import to_tensor
+from torchtitan_mixtures.data.image_sets import drawing_key, to_tensor
 from torchtitan_mixtures.data.latents import CaptionedLatents
 from torchtitan_mixtures.data.prompt_texts import Caption, Prompter
 from torchtitan_mixtures.data.spoken import voices_of
@@ -77,6 +77,10 @@ class PromptedSet(Protocol):
         """What finds the image again, for messages."""
         ...
 
+    def relative_key(self, index: int) -> str:
+        """What finds the image again within its split, wherever that lies."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """What samples depend on, beside the keys of the TOML that all sets read."""
         ...
@@ -93,13 +97,25 @@ class PromptedEmoji:
         size: Height and width: 16, 32 or 64.
         scene_fraction: Share of scenes.
         prompter: Makes the prompts.
+        by_style: Whether a scene is of one style alone, that of the drawing it stands for.
     """
 
     has_std = False
 
-    def __init__(self, split: str, size: int, scene_fraction: float, prompter: Prompter) -> None:
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        scene_fraction: float,
+        prompter: Prompter,
+        by_style: bool = False,
+    ) -> None:
         self._corpus = EmojiCorpus.load()
         self._drawings = self._corpus.drawings(split)
+        self._pools = {style: self._drawings for style in STYLES}  # what scenes are composed of
+        if by_style:
+            for style in STYLES:
+                self._pools[style] = tuple(d for d in self._drawings if d.style == style)
         self._split = split
         self._size = size
         self._scene_fraction = scene_fraction
@@ -117,7 +133,8 @@ class PromptedEmoji:
         """See `PromptedSet.read`; never mirrored, which would make some captions false."""
         assert not is_flipped
         if rng.random() < self._scene_fraction:
-            scene = self._corpus.compose_scene(rng, self._split, self._size)
+            pool = self._pools[self._drawings[index].style]
+            scene = self._corpus.compose_scene(rng, self._split, self._size, pool)
             tensors, num_truncated = self.prompter.make(Caption(scene.caption))
             image = to_tensor(scene.image)
             return PromptedImage(image, None, tensors, scene.caption, num_truncated)
@@ -134,7 +151,11 @@ class PromptedEmoji:
 
     def key(self, index: int) -> str:
         """See `PromptedSet.key`."""
-        return f"{self._drawings[index].concept.slug} ({self._drawings[index].style})"
+        return drawing_key(self._drawings[index])
+
+    def relative_key(self, index: int) -> str:
+        """See `PromptedSet.relative_key`."""
+        return drawing_key(self._drawings[index])
 
     def fingerprint(self) -> dict[str, Any]:
         """See `PromptedSet.fingerprint`."""
@@ -180,6 +201,10 @@ class PromptedLatents:
     def key(self, index: int) -> str:
         """See `PromptedSet.key`."""
         return self._latents.key(index)
+
+    def relative_key(self, index: int) -> str:
+        """See `PromptedSet.relative_key`."""
+        return self._latents.relative_key(index)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `PromptedSet.fingerprint`."""

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchtitan.config import JobConfig
-from torchtitan.protocols.train_spec import get_train_spec
 
+from torchtitan_mixtures.data.model_flavor import model_flavor
 from torchtitan_mixtures.data.prompt_spec import PromptSpec
 from torchtitan_mixtures.data.tokenizers import TextTokenizer, build_text_tokenizer
 
@@ -35,9 +35,8 @@ def prompt_specs(job_config: JobConfig, model_args: Any = None) -> tuple[PromptS
         ValueError: Names the key that does not fit, its value and the remedy.
     """
     config = cast("MixtureJobConfig", job_config).multimodal
-    model = job_config.model
     if model_args is None:
-        model_args = get_train_spec(model.name).model_args[model.flavor]
+        model_args = model_flavor(job_config)
     return tuple(_spec(name, config, model_args) for name in model_args.prompt_names)
 
 

@@ -1,3 +1,3 @@
 """The model families that have landed."""
 
-FAMILIES = ("mot", "mom", "mone", "mmdit")
+FAMILIES = ("mot", "mom", "mone", "mmdit", "mixdiff")

@@ -144,3 +144,39 @@ class PromptCondition:
             ]
             inputs["kept"] = (torch.stack(drawn, 1) >= self._dropout).to(device)
         return inputs
+
+
+class RoutedCondition:
+    """What experts are told, and what a mixture of them is told beside it in training.
+
+    Args:
+        inner: The experts' condition.
+        router_noise: Shape of a sample's noise for the router; None: none.
+        by_domain: Whether a sample is the business of its domain's expert alone.
+    """
+
+    def __init__(
+        self, inner: Condition, router_noise: Sequence[int] | None, by_domain: bool
+    ) -> None:
+        self._inner = inner
+        self._router_noise = router_noise
+        self._by_domain = by_domain
+
+    def encode(self, input_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Condition`."""
+        return self._inner.encode(input_dict)
+
+    def inputs(
+        self, input_dict: dict[str, Tensor], seed: int, purpose: str, is_training: bool
+    ) -> dict[str, Any]:
+        """See `Condition`: in training also `router_noise`, or `domain_labels` `(batch,)`."""
+        inputs = self._inner.inputs(input_dict, seed, purpose, is_training)
+        if not is_training:
+            return inputs
+        if self._by_domain:
+            inputs["domain_labels"] = input_dict["domain_labels"]
+        if self._router_noise is not None:
+            samples, device = input_dict["sample_index"], input_dict["input"].device
+            noise = draw_normal(seed, samples, self._router_noise, f"{purpose}, router")
+            inputs["router_noise"] = noise.to(device)
+        return inputs

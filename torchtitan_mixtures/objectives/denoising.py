@@ -23,6 +23,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 
+from torchtitan_mixtures.data.domains import domain_names
 from torchtitan_mixtures.data.vae import Vae, load_vae
 from torchtitan_mixtures.job_config import MixtureJobConfig, Objective
 from torchtitan_mixtures.objectives.balance import RouterMeter, router_losses
@@ -30,14 +31,17 @@ from torchtitan_mixtures.objectives.conditions import (
     ClassCondition,
     Condition,
     PromptCondition,
+    RoutedCondition,
 )
 from torchtitan_mixtures.objectives.ddpm import DDPM
+from torchtitan_mixtures.objectives.domain_meter import DomainMeter
 from torchtitan_mixtures.objectives.flow import RectifiedFlow
 from torchtitan_mixtures.objectives.meter import LossMeter
 from torchtitan_mixtures.objectives.outputs import DenoiserOutput
 from torchtitan_mixtures.objectives.patches import patchify
 from torchtitan_mixtures.objectives.process import Process
 from torchtitan_mixtures.objectives.randomness import draw_normal, draw_uniform
+from torchtitan_mixtures.objectives.routing import RoutingTask
 
 BANDS = 4
 """The training loss is reported in so many bands of noise, from little to much."""
@@ -69,12 +73,14 @@ class DenoisingTargets(NamedTuple):
         noise: What was added.
         times: Time of each sample, `(batch,)`, as the process counts it.
         labels: One slot for each position, `(batch, tokens)` int64; -100 = no loss.
+        domains: Domain of each sample, `(batch,)` int64; None: the data has none.
     """
 
     clean: Tensor
     noise: Tensor
     times: Tensor
     labels: Tensor
+    domains: Tensor | None = None
 
 
 def build_process(config: Objective, channels: int) -> Process:
@@ -106,6 +112,7 @@ class DenoisingLoss:
         seed: Of everything that is drawn.
         sample_mesh: The ranks that hold other samples, for the load of routers.
         vae: Folder of the VAE that makes latents of the batch's pictures; empty: none.
+        routing: How a mixture of diffusers learns; None: the model is none.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class DenoisingLoss:
         seed: int,
         sample_mesh: Callable[[], DeviceMesh | None] = lambda: None,
         vae: str = "",
+        routing: RoutingTask | None = None,
     ) -> None:
         self.process = process
         self.meter = LossMeter(_band_names(BANDS), group="noise", in_bits=False)
@@ -126,6 +134,7 @@ class DenoisingLoss:
         self._condition = condition
         self._seed = seed
         self._sample_mesh = sample_mesh
+        self.routing = routing
         self._vae_folder = vae
         self._vae: Vae | None = None
 
@@ -180,7 +189,8 @@ class DenoisingLoss:
         if parallel_dims.cp_enabled:
             mesh = parallel_dims.get_mesh("cp")
             parts = [part.chunk(mesh.size(), 1)[mesh.get_local_rank()] for part in parts]
-        targets = DenoisingTargets(parts[0], parts[1], times, labels=parts[2])
+        domains = input_dict.get("domain_labels")
+        targets = DenoisingTargets(parts[0], parts[1], times, parts[2], domains)
         return noised, targets, extra, {}
 
     def encode(
@@ -222,6 +232,8 @@ class DenoisingLoss:
         band = (self.process.fraction(targets.times) * BANDS).long().clamp(max=BANDS - 1)
         self._book(losses, is_supervised, band)
         total = losses.sum()
+        if self.routing is not None:
+            total = total + self.routing.further_loss(output, targets, is_supervised)
         if output.router is not None:
             mesh = self._sample_mesh()
             weights = self._config.balance_weight, self._config.z_weight
@@ -232,8 +244,17 @@ class DenoisingLoss:
 
     def score(self, output: DenoiserOutput, targets: DenoisingTargets) -> Tensor:
         """Loss of each position, `(batch, tokens)` float32; zero where there is none."""
-        losses = self.process.losses(output.prediction, targets.clean, targets.noise, targets.times)
-        return losses * (targets.labels != IGNORE_INDEX)
+        is_supervised = targets.labels != IGNORE_INDEX
+        if self.routing is not None and self.routing.kind == "router":
+            losses = self.routing.losses(output, targets.domains)[:, None]
+        else:
+            clean, noise = targets.clean, targets.noise
+            losses = self.process.losses(output.prediction, clean, noise, targets.times)
+        losses = losses * is_supervised
+        if self.routing is not None and output.gates is not None:
+            logits = output.router_logits
+            self.routing.meter.add(losses, is_supervised, targets.domains, logits, output.gates)
+        return losses
 
     def book_level(self, losses: Tensor, targets: DenoisingTargets, level: int) -> None:
         """Add the losses of a validation batch at one noise level to the meter."""
@@ -251,13 +272,16 @@ class DenoisingLoss:
         self.meter.add(sums[0], sums[1])
 
     def scalars(self) -> dict[str, float]:
-        """What is reported of routers, of the microbatches since `reset`."""
-        return self.router_meter.scalars()
+        """What is reported of routers since `reset`; every rank must call this."""
+        of_domains = {} if self.routing is None else self.routing.meter.scalars()
+        return self.router_meter.scalars() | of_domains
 
     def reset(self) -> None:
         """Forget what was added to the meters."""
         self.meter.reset()
         self.router_meter.reset()
+        if self.routing is not None:
+            self.routing.meter.reset()
 
 
 def _band_names(count: int) -> list[str]:
@@ -275,16 +299,37 @@ def denoiser_args(job_config: JobConfig) -> DenoiserArgs:
 
 def build_condition(job_config: MixtureJobConfig, model_args: Any) -> Condition:
     """Build what says to a job's model what is on its images."""
-    config = job_config.objective
+    config, is_mixture = job_config.objective, is_mixture_of_diffusers(model_args)
+    noise = model_args.router_noise_shape if getattr(model_args, "router_noise", 0) > 0 else None
     if getattr(model_args, "is_prompted", False):
         data = job_config.multimodal
-        return PromptCondition(
+        condition: Condition = PromptCondition(
             model_args.prompts, config.prompt_dropout, data.text_encoders, data.text_encoder_dtype
         )
-    noise = None
-    if getattr(model_args, "router_noise", 0) > 0:
-        noise = (model_args.n_layers, model_args.dim)
-    return ClassCondition(model_args.num_classes, config.class_dropout, noise)
+    else:
+        own_noise = None if is_mixture else noise
+        condition = ClassCondition(model_args.num_classes, config.class_dropout, own_noise)
+    if not is_mixture:
+        return condition
+    training = job_config.diffusers.training
+    noise = noise if training == "joint" else None
+    return RoutedCondition(condition, noise, by_domain=training == "decentralised")
+
+
+def is_mixture_of_diffusers(model_args: Any) -> bool:
+    """Say whether a model's experts are whole denoising models, by its arguments."""
+    return hasattr(model_args, "expert_args")
+
+
+def build_routing(
+    job_config: MixtureJobConfig, model_args: Any, loss_mesh: Callable[[], DeviceMesh | None]
+) -> RoutingTask | None:
+    """Build what a mixture of diffusers learns of domains; None for other models."""
+    if not is_mixture_of_diffusers(model_args):
+        return None
+    config = job_config.diffusers
+    meter = DomainMeter(model_args.names, domain_names(job_config), loss_mesh)
+    return RoutingTask(config.training, config.router_weight, meter)
 
 
 def build_denoising_loss(
@@ -293,10 +338,13 @@ def build_denoising_loss(
     """Build the loss for a TrainSpec (`build_loss_fn`)."""
     config = cast(MixtureJobConfig, job_config)
     args = denoiser_args(config)
-    enabled = parallel_dims is not None and parallel_dims.dp_enabled
+    dims = parallel_dims
 
     def sample_mesh() -> DeviceMesh | None:
-        return parallel_dims.get_mesh("batch") if enabled and parallel_dims is not None else None
+        return dims.get_mesh("batch") if dims is not None and dims.dp_enabled else None
+
+    def loss_mesh() -> DeviceMesh | None:
+        return dims.get_mesh("loss") if dims is not None and dims.dp_cp_enabled else None
 
     return DenoisingLoss(
         build_process(config.objective, args.in_channels),
@@ -306,4 +354,5 @@ def build_denoising_loss(
         config.debug.seed or 0,
         sample_mesh,
         config.multimodal.vae,
+        build_routing(config, args, loss_mesh),
     )

@@ -28,12 +28,17 @@ class DenoiserOutput(NamedTuple):
     """What a denoising model returns.
 
     Attributes:
-        prediction: In patch space, `(batch, tokens, patch_size**2 * out_channels)`.
+        prediction: In patch space, `(batch, tokens, patch_size**2 * out_channels)`; of a router
+            without experts empty.
         router: Statistics of its routers; None if it has none.
+        gates: Of a mixture of diffusers the weight of each expert, `(batch, experts)`.
+        router_logits: Of a mixture of diffusers, `(batch, experts)`; None if weights were given.
     """
 
     prediction: Tensor
     router: RouterStatistics | None = None
+    gates: Tensor | None = None
+    router_logits: Tensor | None = None
 
 
 class NestedStatistics(NamedTuple):

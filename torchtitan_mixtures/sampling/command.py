@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -14,20 +14,19 @@ from typing import Any
 # First: it points TorchTitan at the CPU if need be, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-from torchtitan.protocols.train_spec import get_train_spec
-
 from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checkpoint_loading import (
     LoadedCheckpoint,
     find_checkpoint,
     load_checkpoint,
+    rebuild,
 )
 from torchtitan_mixtures.data.audio import read_wav
 from torchtitan_mixtures.data.codecs import Codecs
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.models import FAMILIES
-from torchtitan_mixtures.sampling import image_command, prompt_command
+from torchtitan_mixtures.sampling import canvas_command, image_command, prompt_command
 from torchtitan_mixtures.sampling.command_line import (
     MAX_SAMPLES,
     ProgressBar,
@@ -64,11 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_message():
         path = find_checkpoint(options.checkpoint)
         saved = checkpoint_config.read(path)
-        kind = _kind_of(saved)
+        kind = _kind_of(path, saved)
         _refuse_others(options, path, saved["family"], kind)
         _check_flavor(options, path, saved["flavor"])
         if kind == "tokens":
             run(options)
+        elif options.canvas is not None:
+            canvas_command.run(options)
         elif kind == "prompts":
             prompt_command.run(options, read_prompts(options, "draw"))
         else:
@@ -86,19 +87,22 @@ OPTIONS_OF = {
     **dict.fromkeys(("prompt", "prompt_file"), ("tokens", "prompts")),
     **dict.fromkeys(("image", "speech", "into", "top_k", "top_p"), ("tokens",)),
     "class_labels": ("classes",),
-    **dict.fromkeys(("sampler", "vae", "guided_channels", "eta", "shift"), ("classes", "prompts")),
+    **dict.fromkeys(
+        ("sampler", "vae", "guided_channels", "eta", "shift", "canvas"), ("classes", "prompts")
+    ),
     **dict.fromkeys(("negative_prompt", "aspect_ratio", "text_encoders", "speak"), ("prompts",)),
 }
 """Which kinds of models have a use for an option; for those that are not here all have."""
 
 
-def _kind_of(saved: Mapping[str, Any]) -> str:
+def _kind_of(path: Path, saved: dict[str, Any]) -> str:
     """Tell the kind of a checkpoint's model by its `config.json`."""
     if "modality_names" in saved["model_args"]:
         return "tokens"
-    family = saved["family"]
-    known = get_train_spec(family).model_args if family in FAMILIES else {}
-    return "prompts" if any(is_prompted(args) for args in known.values()) else "classes"
+    if saved["family"] not in FAMILIES:  # which is said when it is loaded
+        return "classes"
+    _, model_args = rebuild(path, saved)
+    return "prompts" if is_prompted(model_args) else "classes"
 
 
 def _refuse_others(options: argparse.Namespace, path: Path, family: str, kind: str) -> None:
@@ -346,7 +350,11 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, help="noise of ddim; 1: as much as ddpm")
     add("--shift", type=float, help="of models of flow: of times towards noise; 0: as trained")
     add("--guided-channels", type=int, help="guide the first so many; 0: all")
+    add("--routing", choices=("step", "once"), help="of mixtures of diffusers: weigh the experts "
+        "at each step, or at the first for all")  # fmt: skip
     add("--vae", help="folder of the VAE that makes pictures of latents")
+    add("--canvas", type=Path, help="file of regions to draw as one large image, each with a "
+        "subject of its own: TOML or JSON, see sampling/canvas_file.py")  # fmt: skip
     add("--no-ema", action="store_true", help="the parameters, not their average")
     add = parser.add_argument_group("models of images of classes").add_argument
     add("--class-labels", type=int, nargs="+", help="classes to draw; default: the first eight")

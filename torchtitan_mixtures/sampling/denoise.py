@@ -21,7 +21,7 @@ from torchtitan_mixtures.objectives.ddpm import (
     spaced_steps,
 )
 from torchtitan_mixtures.objectives.flow import RectifiedFlow, shift_times
-from torchtitan_mixtures.objectives.process import at_least_float32
+from torchtitan_mixtures.objectives.process import at_least_float32, per_sample
 from torchtitan_mixtures.objectives.randomness import draw_normal
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -33,6 +33,10 @@ StepNoise = Callable[[int], Tensor]
 
 Progress = Callable[[int, int], None]
 """Told steps done and steps in all, after each step."""
+
+StepEdit = Callable[[int, float, Tensor], Tensor]
+"""Before each step, from the number of steps done, the time that latents are at and the latents to
+latents to go on from."""
 
 
 def noise_of_samples(
@@ -50,14 +54,19 @@ def noise_of_samples(
 
 
 def guide(
-    conditional: Tensor, unconditional: Tensor, scale: float, channels: int, guided_channels: int
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float | Tensor,
+    channels: int,
+    guided_channels: int,
 ) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), of predictions.
 
     Args:
         conditional: Prediction given the condition, `(batch, out_channels, height, width)`.
         unconditional: Prediction without it, of the same shape.
-        scale: 1 gives the former, 0 the latter, more exaggerates the difference.
+        scale: 1 gives the former, 0 the latter, more exaggerates the difference; of all samples, or
+            of each, `(batch,)`.
         channels: Channels of the latents; what follows them (the variance) is not guided.
         guided_channels: Guide the first so many; 0 = all of `channels`. The original DiT guides 3
             of 4. The others are those of `conditional`.
@@ -74,6 +83,8 @@ def guide(
     conditional, unconditional = at_least_float32(conditional), at_least_float32(unconditional)
     guided = guided_channels or channels
     difference = conditional[:, :guided] - unconditional[:, :guided]
+    if isinstance(scale, Tensor):
+        scale = per_sample(scale.to(difference), difference)
     return torch.cat(
         [unconditional[:, :guided] + scale * difference, conditional[:, guided:]], dim=1
     )
@@ -135,6 +146,7 @@ def sample_ddpm(
     num_steps: int | str,
     step_noise: StepNoise,
     progress: Progress | None = None,
+    edit: StepEdit | None = None,
 ) -> Tensor:
     """Draw samples by ancestral steps.
 
@@ -145,6 +157,7 @@ def sample_ddpm(
         num_steps: See `spaced_steps`.
         step_noise: Gives the noise to add; not asked after the last step, which adds none.
         progress: Told of each step.
+        edit: Changes the latents before each step; None: nothing does.
 
     Returns:
         `(batch, channels, height, width)` float32.
@@ -153,6 +166,8 @@ def sample_ddpm(
     tables = process.tables.respaced(steps)
     latents = latents.float()
     for done, index in enumerate(reversed(range(len(steps))), start=1):
+        if edit is not None:
+            latents = edit(done - 1, steps[index], latents)
         prediction = _predict(denoiser, latents, steps[index], process)
         latents, log_variance = ancestral_step(tables, index, latents, prediction)
         if index:
@@ -171,13 +186,14 @@ def sample_ddim(
     step_noise: StepNoise,
     eta: float = 0.0,
     progress: Progress | None = None,
+    edit: StepEdit | None = None,
 ) -> Tensor:
     """Draw samples by DDIM; a learned variance is not used.
 
     Args:
         eta: Share of the posterior's standard deviation that is added as noise. 0: none is, and
             the latents decide the sample.
-        denoiser, latents, process, num_steps, step_noise, progress: See `sample_ddpm`.
+        denoiser, latents, process, num_steps, step_noise, progress, edit: See `sample_ddpm`.
 
     Returns:
         `(batch, channels, height, width)` float32.
@@ -186,6 +202,8 @@ def sample_ddim(
     tables = process.tables.respaced(steps)
     latents = latents.float()
     for done, index in enumerate(reversed(range(len(steps))), start=1):
+        if edit is not None:
+            latents = edit(done - 1, steps[index], latents)
         prediction = _predict(denoiser, latents, steps[index], process)
         latents, std = ddim_step(tables, index, latents, prediction, eta)
         if std:
@@ -203,12 +221,13 @@ def sample_euler(
     num_steps: int,
     progress: Progress | None = None,
     shift: float = 0.0,
+    edit: StepEdit | None = None,
 ) -> Tensor:
     """Draw samples of a rectified flow by Euler's method.
 
     Args:
         shift: Of the times; 0: that of the process.
-        denoiser, latents, process, num_steps, progress: See `sample_ddpm`.
+        denoiser, latents, process, num_steps, progress, edit: See `sample_ddpm`.
 
     Raises:
         ValueError: There are no steps.
@@ -219,6 +238,8 @@ def sample_euler(
     times = shift_times(grid, shift or process.shift).tolist()
     latents = latents.float()
     for done in range(1, num_steps + 1):
+        if edit is not None:
+            latents = edit(done - 1, times[done - 1], latents)
         velocity = _predict(denoiser, latents, times[done - 1], process)
         latents = latents + (times[done] - times[done - 1]) * velocity
         if progress is not None:

@@ -25,7 +25,7 @@ from torchtitan_mixtures.checkpoint_loading import LoadedModel, find_checkpoint,
 from torchtitan_mixtures.data.image_data import image_spec
 from torchtitan_mixtures.data.vae import Vae, load_vae
 from torchtitan_mixtures.job_config import Sampling
-from torchtitan_mixtures.objectives.denoising import build_process
+from torchtitan_mixtures.objectives.denoising import build_process, is_mixture_of_diffusers
 from torchtitan_mixtures.objectives.process import Process
 from torchtitan_mixtures.sampling.command_line import (
     ProgressBar,
@@ -45,6 +45,7 @@ from torchtitan_mixtures.sampling.images import (
     in_batches,
 )
 from torchtitan_mixtures.sampling.pictures import SheetRow, contact_sheet
+from torchtitan_mixtures.sampling.routing import RoutingTrace, summarize, write_trace
 from torchtitan_mixtures.sampling.settings import check_denoising, check_values
 
 GRID_NAME = "grid.png"
@@ -57,6 +58,7 @@ FROM_RUN = (
     "guidance",
     "guided_channels",
     "shift",
+    "routing",
     "negative_prompt",
 )
 """Options that are those of the run's `[sampling]` if they are not given."""
@@ -188,8 +190,11 @@ def draw_and_write(
     rows = [row for row in range(len(subjects)) for _ in range(options.num_samples)]
     progress = ProgressBar(f"{len(rows)} images", sys.stderr)
     model, args = painter.loaded.model, painter.loaded.model_args
+    trace = RoutingTrace(args.names) if is_mixture_of_diffusers(args) else None
+    batches: list[int] = []
 
     def draw(rows: Sequence[int], numbers: Sequence[int]) -> Tensor:
+        batches.append(len(rows))
         images = draw_images(
             model,
             args,
@@ -201,6 +206,7 @@ def draw_and_write(
             vae=painter.vae,
             progress=progress,
             size=size,
+            trace=trace,
         )
         if not bool(images.isfinite().all()):
             raise ValueError("the model's images are not finite (did the run diverge?).")
@@ -221,6 +227,10 @@ def draw_and_write(
     }
     with reports_writing(folder):
         write_overview(folder, pictures, subjects, options.num_samples, facts)
+        if trace is not None:
+            labels = [subject.label for subject in subjects]
+            write_trace(folder, trace, batches, labels, options.num_samples)
+            say(summarize(trace, batches))
     say(f"{len(rows)} images in {seconds:.1f} s: {folder}")
 
 

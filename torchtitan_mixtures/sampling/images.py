@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torchtitan_mixtures.data.vae import Vae
 from torchtitan_mixtures.job_config import Objective
 from torchtitan_mixtures.objectives.ddpm import DDPM
+from torchtitan_mixtures.objectives.denoising import is_mixture_of_diffusers
 from torchtitan_mixtures.objectives.flow import RectifiedFlow
+from torchtitan_mixtures.objectives.outputs import DenoiserOutput
 from torchtitan_mixtures.objectives.patches import unpatchify
 from torchtitan_mixtures.objectives.process import Process
 from torchtitan_mixtures.sampling.conditions import (
@@ -26,12 +28,15 @@ from torchtitan_mixtures.sampling.conditions import (
 from torchtitan_mixtures.sampling.denoise import (
     Denoiser,
     Progress,
+    StepEdit,
+    StepNoise,
     guide,
     noise_of_samples,
     sample_ddim,
     sample_ddpm,
     sample_euler,
 )
+from torchtitan_mixtures.sampling.routing import Routing, RoutingTrace
 from torchtitan_mixtures.sampling.settings import setting_name
 
 
@@ -49,6 +54,7 @@ class ImageSettings:
     guided_channels: int
     seed: int
     shift: float = 0.0
+    routing: str = "step"
 
 
 def check_image_settings(
@@ -92,6 +98,11 @@ def check_image_settings(
             f"{prefix}shift = {settings.shift}: a model of kind ddpm has no times that could be "
             "shifted; leave it out."
         )
+    if settings.routing != "step" and not is_mixture_of_diffusers(args):
+        raise ValueError(
+            f"{prefix}routing = {settings.routing!r}: the model is no mixture of diffusers; leave "
+            "it out."
+        )
     _check_guidance(settings, args, dropout, prefix)
     return ImageSettings(
         sampler,
@@ -101,6 +112,7 @@ def check_image_settings(
         settings.guided_channels,
         settings.seed,
         settings.shift or process.shift if isinstance(process, RectifiedFlow) else 0.0,
+        settings.routing,
     )
 
 
@@ -141,30 +153,42 @@ def check_classes(labels: Sequence[int], num_classes: int, what: str) -> None:
 
 
 def make_denoiser(
-    model: nn.Module, args: Any, condition: Condition, settings: ImageSettings
+    model: Callable[..., DenoiserOutput],
+    args: Any,
+    condition: Condition,
+    settings: ImageSettings,
+    scales: Tensor | None = None,
+    trace: RoutingTrace | None = None,
 ) -> Denoiser:
     """Wrap a model for a sampler, with guidance if asked for.
 
     Args:
-        model: In evaluation mode; returns a `DenoiserOutput`.
+        model: In evaluation mode.
         args: Its arguments.
         condition: What each sample is to be of, on the model's device.
         settings: See `check_image_settings`.
+        scales: Guidance of each sample, `(batch,)`; None: all have that of the settings.
+        trace: Takes down which experts of a mixture of diffusers are used; None: nobody does.
     """
-    both = condition.both() if settings.guidance != 1 else {}
+    routing = Routing(args, settings.routing == "once", trace)
+    scale = settings.guidance if scales is None else scales
+    is_guided = scales is not None or settings.guidance != 1
+    both = condition.both() if is_guided else {}
 
-    def predict(latents: Tensor, times: Tensor, inputs: Inputs) -> Tensor:
-        prediction = model(latents, times, **inputs).prediction
-        return unpatchify(prediction, args.patch_size, args.out_channels, *latents.shape[2:])
+    def predict(latents: Tensor, times: Tensor, inputs: Inputs, copies: int = 1) -> Tensor:
+        output = model(latents, times, **inputs, **routing.inputs(copies))
+        routing.see(times, output, copies)
+        return unpatchify(output.prediction, args.patch_size, args.out_channels, *latents.shape[2:])
 
     def plain(latents: Tensor, times: Tensor) -> Tensor:
         return predict(latents, times, condition.given)
 
     def guided(latents: Tensor, times: Tensor) -> Tensor:
-        given, without = predict(latents.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
-        return guide(given, without, settings.guidance, args.in_channels, settings.guided_channels)
+        twice = latents.repeat(2, 1, 1, 1), times.repeat(2)
+        given, without = predict(*twice, both, copies=2).chunk(2)
+        return guide(given, without, scale, args.in_channels, settings.guided_channels)
 
-    return plain if settings.guidance == 1 else guided
+    return guided if is_guided else plain
 
 
 def draw_images(
@@ -178,6 +202,7 @@ def draw_images(
     vae: Vae | None = None,
     progress: Progress | None = None,
     size: tuple[int, int] | None = None,
+    trace: RoutingTrace | None = None,
 ) -> Tensor:
     """Draw one image for each number.
 
@@ -192,6 +217,7 @@ def draw_images(
         vae: Makes pictures of latents; None: the model's images are pictures.
         progress: Told of each step.
         size: Height and width of what the model sees; None: the square of its arguments.
+        trace: See `make_denoiser`.
 
     Returns:
         `(batch, channels, height, width)` float32, pictures in [-1, 1], not clipped.
@@ -200,17 +226,29 @@ def draw_images(
     step_noise = noise_of_samples(settings.seed, torch.tensor(list(numbers)), shape, device)
     if not isinstance(condition, Condition):
         condition = class_condition(condition, args.num_classes, device)
-    denoiser = make_denoiser(model, args, condition, settings)
+    denoiser = make_denoiser(model, args, condition, settings, trace=trace)
+    latents = draw_latents(denoiser, process, step_noise, settings, progress)
+    return latents if vae is None else vae.decode(latents)
+
+
+def draw_latents(
+    denoiser: Denoiser,
+    process: Process,
+    step_noise: StepNoise,
+    settings: ImageSettings,
+    progress: Progress | None = None,
+    edit: StepEdit | None = None,
+) -> Tensor:
+    """Run the sampler of the settings; arguments and result as those of `sample_ddpm`."""
     start, steps = step_noise(0), settings.num_steps
     if isinstance(process, RectifiedFlow):
-        latents = sample_euler(denoiser, start, process, steps, progress, settings.shift)
-    elif isinstance(process, DDPM) and settings.sampler == "ddim":
-        latents = sample_ddim(denoiser, start, process, steps, step_noise, settings.eta, progress)
-    elif isinstance(process, DDPM):
-        latents = sample_ddpm(denoiser, start, process, steps, step_noise, progress)
-    else:
-        raise TypeError(f"no sampler for {type(process).__name__}")
-    return latents if vae is None else vae.decode(latents)
+        return sample_euler(denoiser, start, process, steps, progress, settings.shift, edit)
+    if isinstance(process, DDPM) and settings.sampler == "ddim":
+        eta = settings.eta
+        return sample_ddim(denoiser, start, process, steps, step_noise, eta, progress, edit)
+    if isinstance(process, DDPM):
+        return sample_ddpm(denoiser, start, process, steps, step_noise, progress, edit)
+    raise TypeError(f"no sampler for {type(process).__name__}")
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:

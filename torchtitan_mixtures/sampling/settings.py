@@ -88,6 +88,10 @@ class DenoisingSettings:
     shift: float = 0.0
     """For models of kind flow: shift of the times towards noise. 0 = as trained."""
 
+    routing: Literal["step", "once"] = "step"
+    """Of mixtures of diffusers: the router weighs the experts at every `step`, or `once` for all of
+    them, by the first one's noise and the prompt."""
+
     negative_prompt: str = ""
     """For models of prompted images: guide away from this prompt instead of from none. Empty =
     from none."""

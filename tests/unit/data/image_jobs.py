@@ -47,7 +47,7 @@ def use_fake_model(monkeypatch: Any, is_classifier: bool = False) -> None:
     """Let the loaders find a model of patches of `PATCH_SIZE`."""
     args = SimpleNamespace(patch_size=PATCH_SIZE, is_classifier=is_classifier)
     spec = SimpleNamespace(model_args={"debugmodel": args})
-    monkeypatch.setattr("torchtitan_mixtures.data.image_loader.get_train_spec", lambda name: spec)
+    monkeypatch.setattr("torchtitan_mixtures.data.model_flavor.get_train_spec", lambda name: spec)
 
 
 def write_picture(path: Path, seed: int, width: int = 20, height: int = 16) -> None:

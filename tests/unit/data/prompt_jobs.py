@@ -30,8 +30,7 @@ def use_prompted_model(monkeypatch: Any, *prompt_names: str, **values: Any) -> N
         is_prompted=True, prompt_names=prompt_names or ("text",), **{**defaults, **values}
     )
     spec = SimpleNamespace(model_args={"debugmodel": args})
-    for module in ("prompt_loader", "prompts"):
-        monkeypatch.setattr(f"torchtitan_mixtures.data.{module}.get_train_spec", lambda name: spec)
+    monkeypatch.setattr("torchtitan_mixtures.data.model_flavor.get_train_spec", lambda name: spec)
 
 
 def emoji_job(**values: Any) -> Any:

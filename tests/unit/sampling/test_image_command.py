@@ -95,7 +95,7 @@ def test_what_is_not_said_is_as_in_the_sampling_of_the_run(tmp_path):
     settings = json.loads((tmp_path / "out" / "samples.json").read_text())["settings"]
     assert settings == {
         "sampler": "ddim", "num_steps": 7, "eta": 0.25, "guidance": 3.0, "guided_channels": 2,
-        "seed": 0, "shift": 0.0,
+        "seed": 0, "shift": 0.0, "routing": "step",
     }  # fmt: skip
 
 

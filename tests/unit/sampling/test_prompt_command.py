@@ -238,7 +238,7 @@ def test_a_grid_a_png_for_each_image_and_a_table_are_written(checkpoint, tmp_pat
     assert {path.name for path in out.iterdir()} == files | {"grid.png", "samples.json"}
     assert table["settings"] == {
         "sampler": "euler", "num_steps": 3, "eta": 0.0, "guidance": 4.0, "guided_channels": 0,
-        "seed": 4, "shift": 3.0,
+        "seed": 4, "shift": 3.0, "routing": "step",
     }  # fmt: skip
     assert (table["negative_prompt"], table["aspect_ratio"]) == ("blurry", "1:1")
     grid = np.asarray(Image.open(out / "grid.png"))

@@ -58,6 +58,16 @@ class MoMModelArgs(BaseModelArgs):
         return 2 * self.in_channels if self.learned_variance else self.in_channels
 
     @property
+    def has_routers(self) -> bool:
+        """Whether blocks choose among experts."""
+        return self.mixer == "pool"
+
+    @property
+    def router_noise_shape(self) -> tuple[int, ...]:
+        """Shape of the routers' noise of a sample."""
+        return self.n_layers, self.dim
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of an image."""
         return (self.image_size // self.patch_size) ** 2
