@@ -357,9 +357,16 @@ def test_the_picture_has_the_points_of_every_model_it_names(finished):
     lines = {line.label: line for line in panels[0].lines}
     assert lines["dense"].is_level and lines["dense"].points == [Point(50.0, 61.0, 1.0)]
     assert lines["dense, narrower"].points == [Point(12.5, 50.0, 0.0)]
-    adaptive = lines["adaptive, one model"].points
+    adaptive = lines["one for all (adaptive)"].points
     assert [point.x for point in adaptive] == pytest.approx([50 * c for c in CAPACITIES])
     assert "trained for as many FLOPs as dense" not in lines
+    times = json.loads((finished / "times.json").read_text())
+    timed = {
+        p.label: p.points for p in mone_report.make_panels(Results.read(finished), times)[0].lines
+    }
+    assert timed["dense"] == [Point(1.0, 61.0, 1.0)]
+    assert timed["dense, narrower"] == [Point(0.41, 50.0, 0.0)]
+    assert [point.x for point in timed["one for all (adaptive)"]] == [0.46]  # no others were timed
 
 
 # --- intervals ------------------------------------------------------------------------------------

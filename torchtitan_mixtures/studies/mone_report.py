@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from torchtitan_mixtures.studies import comparison
@@ -47,7 +48,11 @@ def write_report(out: Path) -> str:
     write_json(out / "report.json", _as_json(found) | {"times": times, "results": found.results})
     text = "\n\n".join(_sections(found, times))
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    chart = draw_chart(make_panels(found), "M multiply-adds an image", "top-1, %")
+    charts = [draw_chart(make_panels(found), "M multiply-adds an image", "top-1, %")]
+    if times is not None:
+        by_time = make_panels(found, times)
+        charts.append(draw_chart(by_time, "time forward, 1 = dense", "top-1, %"))
+    chart = np.concatenate(charts)
     Image.fromarray(chart).save(out / PICTURE)
     return text
 
@@ -205,15 +210,15 @@ def _timed(question: Question) -> str:
     return f"{question.capacity:g}" if variant.is_nested else variant.name
 
 
-def make_panels(found: Results) -> list[Panel]:
-    """Accuracy over multiply-adds, a panel for each split."""
+def make_panels(found: Results, times: dict[str, Any] | None = None) -> list[Panel]:
+    """Accuracy over multiply-adds, or over times if they are given, a panel for each split."""
     late = next(variant for variant in ALPHA if variant.is_adaptive)
     groups = {
         "dense": [Question(DENSE, 1.0)],
         "dense, narrower": [Question(v, 1.0) for v in NARROW],
         "trained at each capacity": [Question(v, v.own[0]) for v in FIXED],
-        "adaptive, one model": [Question(ADAPTIVE, c) for c in ADAPTIVE.own],
-        "adaptive, alpha from 0.1": [Question(late, c) for c in late.own],
+        "one for all (adaptive)": [Question(ADAPTIVE, c) for c in ADAPTIVE.own],
+        "one for all, alpha from 0.1": [Question(late, c) for c in late.own],
         "trained with random routing": [Question(v, v.own[0]) for v in RANDOM],
         "trained for as many FLOPs as dense": [Question(SAME_FLOPS, SAME_FLOPS.own[0])],
     }
@@ -222,14 +227,22 @@ def make_panels(found: Results) -> list[Panel]:
         lines = []
         for label, questions in groups.items():
             points = [
-                Point(found.facts[str(q)]["macs_per_image"] / 1e6, s.mean, s.deviation or 0.0)
+                Point(_cost(found, q, times), s.mean, s.deviation or 0.0)
                 for q in questions
                 if (s := found.summary(q, split)) is not None
+                and (times is None or _timed(q) in times["forward"])
             ]
             if points:
                 lines.append(Line(label, points, is_level=label == "dense"))
         panels.append(Panel(_words(split), lines))
     return panels
+
+
+def _cost(found: Results, question: Question, times: dict[str, Any] | None) -> float:
+    """Multiply-adds of an image in millions, or the time to that of the dense model."""
+    if times is None:
+        return found.facts[str(question)]["macs_per_image"] / 1e6
+    return times["forward"][_timed(question)]["ratio"][1]
 
 
 def _words(split: str) -> str:

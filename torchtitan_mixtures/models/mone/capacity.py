@@ -274,8 +274,11 @@ def count_tokens(
         skips: Whether tokens that are left over skip blocks. Else the smallest expert gets them.
 
     Raises:
-        ValueError: There are fewer tokens than experts.
+        ValueError: There are fewer tokens than experts, or shares are none.
     """
+    shares = capacity_distribution
+    if min(shares, default=-1.0) < 0 or sum(shares) > 1 + _ROUNDING:
+        raise ValueError(f"capacities = {tuple(shares)}: must be 0 or more, and 1 together at most.")
     if num_tokens < len(capacity_distribution):
         raise ValueError(
             f"{num_tokens} tokens: fewer than the {len(capacity_distribution)} experts that share "

@@ -339,3 +339,9 @@ def test_a_part_of_the_tokens_has_the_capacities_of_all():
     assert Budget((5, 3, 8)).part_of_rank(1) == Budget((5, 3, 8))
     with pytest.raises(ValueError, match="16 tokens: 3 ranks"):
         Budget((5, 3, 8)).part_of_rank(3)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.9, 0.9), (-0.1, 0.5, 0.6), ()])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="must be 0 or more, and 1 together at most"):
+        count_tokens(shares, 64)
