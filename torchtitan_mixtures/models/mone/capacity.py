@@ -278,7 +278,8 @@ def count_tokens(
     """
     shares = capacity_distribution
     if min(shares, default=-1.0) < 0 or sum(shares) > 1 + _ROUNDING:
-        raise ValueError(f"capacities = {tuple(shares)}: must be 0 or more, and 1 together at most.")
+        found = tuple(shares)
+        raise ValueError(f"capacities = {found}: must be 0 or more, and 1 together at most.")
     if num_tokens < len(capacity_distribution):
         raise ValueError(
             f"{num_tokens} tokens: fewer than the {len(capacity_distribution)} experts that share "
