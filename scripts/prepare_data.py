@@ -260,8 +260,8 @@ def add_cluster(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser
         "cluster",
         help="divide the images of a configuration into domains by k-means, for multimodal.domains",
         description="Cluster the images of all splits that a configuration can read: as they are, "
-        "averaged to 8 x 8 and whitened, or by features of your own. Clusters are those of the "
-        "training split; images of other splits belong to the nearest.",
+        "averaged to 8 x 8 (their 32 main directions), or by features of your own. Clusters are "
+        "those of the training split; images of other splits belong to the nearest.",
         epilog="Any key of the configuration may follow, as in training: --multimodal.path DIR",
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""Clusters of vectors: k-means, the whitening before it, and how clusters agree with labels.
+"""Clusters of vectors: k-means, main directions, and how clusters agree with labels.
 
 Source: Lloyd's algorithm from the starts of k-means++ (Arthur and Vassilvitskii 2007), the best of
 several. All in float64 on the CPU, so that a seed gives the same clusters again.
@@ -134,42 +134,42 @@ def _move(rows: Tensor, labels: Tensor, squares: Tensor, num_clusters: int) -> T
     return sums / counts.clamp(min=1)[:, None]
 
 
-# --- whitening ------------------------------------------------------------------------------------
+# --- main directions ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Whitening:
-    """Makes the main directions of standardised features equally long: `(x - mean) @ projection`.
+class MainDirections:
+    """Principal components of features, as long as they vary: `(x - mean) @ projection`.
+
+    They are not whitened: that would make noise as long as what sets images apart.
 
     Attributes:
         mean: `(features,)` float64.
-        projection: `(features, dim)` float64.
+        projection: `(features, dim)` float64, its columns orthonormal.
     """
 
     mean: Tensor
     projection: Tensor
 
     @staticmethod
-    def of(features: Tensor, max_dim: int) -> Whitening:
-        """Find what whitens features, `(rows, features)`; at most `max_dim` directions are kept.
+    def of(features: Tensor, max_dim: int) -> MainDirections:
+        """Find those of features, `(rows, features)`, at most `max_dim`.
 
         Raises:
             TooFewError: All rows are the same.
         """
         features = features.to(torch.float64)
-        mean, deviation = features.mean(0), features.std(0, correction=0)
-        if not deviation.any():
+        mean = features.mean(0)
+        centred = features - mean
+        if not centred.any():
             raise TooFewError("there is 1 different feature, too few for several clusters")
-        scale = torch.where(deviation > 0, deviation, 1.0)
-        scaled = (features - mean) / scale
-        variances, directions = torch.linalg.eigh(scaled.T @ scaled / len(features))
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(features))
         order = variances.argsort(descending=True)[:max_dim]
         order = order[variances[order] > _SMALLEST_VARIANCE * variances.max()]
-        projection = directions[:, order] / variances[order].sqrt() / scale[:, None]
-        return Whitening(mean, projection)
+        return MainDirections(mean, directions[:, order])
 
     def apply(self, features: Tensor) -> Tensor:
-        """Whiten features, `(rows, features)` to `(rows, dim)` float64."""
+        """Project features, `(rows, features)` to `(rows, dim)` float64."""
         return (features.to(torch.float64) - self.mean) @ self.projection
 
 

@@ -1,8 +1,8 @@
 """Clusters of a job's images, written as a file of domains (`scripts/prepare_data.py cluster`).
 
-What is clustered are the images themselves, averaged to 8 x 8 and whitened, or features of the
-user's. Clusters are those of the training split; images of other splits belong to the nearest.
-Their centres, and what whitened the features, are written beside the file, as safetensors.
+What is clustered are the images themselves, averaged to 8 x 8 and projected on their main
+directions, or features of the user's. Clusters are those of the training split; images of other
+splits belong to the nearest. Their centres, and the directions, are written beside the file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torchtitan.config import JobConfig
 
 from torchtitan_mixtures.data.cluster import (
     Clusters,
+    MainDirections,
     TooFewError,
-    Whitening,
     find_clusters,
     find_mutual_information,
     find_nearest,
@@ -43,7 +43,7 @@ SIDE = 8
 """Height and width that images are averaged to."""
 
 MAX_DIM = 32
-"""Directions of whitened features."""
+"""Principal components that are kept."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def cluster_images(
     extras: dict[str, Tensor] = {}
     try:
         if clustering.features is None:
-            features, whitening = _whiten({n: _read_pixels(s, report) for n, s in splits.items()})
-            extras = {"mean": whitening.mean, "projection": whitening.projection}
+            features, directions = _project({n: _read_pixels(s, report) for n, s in splits.items()})
+            extras = {"mean": directions.mean, "projection": directions.projection}
         else:
             features = _read_features(clustering.features, splits)
         train = next(iter(features))
@@ -217,14 +217,14 @@ def _read_pixels(split: _Split, report: Callable[[str], object]) -> Tensor:
     return torch.stack([nothing if row is None else row for row in rows])
 
 
-def _whiten(pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Whitening]:
-    """Whiten the features of all splits by those of the first, the training split."""
+def _project(pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], MainDirections]:
+    """Project the features of all splits on the main directions of the first, of training."""
     train = next(iter(pixels.values()))
     usable = train[train.isfinite().all(1)]
     if not len(usable):
         raise ValueError("multimodal.train_split: none of its images can be read.")
-    whitening = Whitening.of(usable, MAX_DIM)
-    return {name: whitening.apply(each) for name, each in pixels.items()}, whitening
+    directions = MainDirections.of(usable, MAX_DIM)
+    return {name: directions.apply(each) for name, each in pixels.items()}, directions
 
 
 def _read_features(path: Path, splits: Mapping[str, _Split]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""k-means against naive ones, whitening, agreement with labels, and clusters of a job's images."""
+"""k-means and main directions against naive ones, agreement with labels, clusters of images."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.unit.data.image_jobs import make_job, save_tiny_vae, use_fake_model, 
 from tests.unit.data.prompt_jobs import captioned_job, use_prompted_model, write_captioned
 from torchtitan_mixtures.data import cluster as cluster_module
 from torchtitan_mixtures.data.cluster import (
+    MainDirections,
     TooFewError,
-    Whitening,
     choose_starts,
     find_clusters,
     find_mutual_information,
@@ -149,26 +149,29 @@ def test_distances_are_the_same_in_parts(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-# --- whitening and agreement ----------------------------------------------------------------------
+# --- main directions and agreement ----------------------------------------------------------------
 
 
-def test_whitened_features_have_unit_covariance():
+def test_main_directions_are_uncorrelated_and_as_long_as_they_vary():
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(400, 5, generator=generator) @ torch.randn(5, 5, generator=generator)
     features = torch.cat([mixed, mixed[:, :1] * 3 + 1, torch.full((400, 1), 7.0)], 1)
-    whitening = Whitening.of(features, 32)
-    white = whitening.apply(features)
-    assert white.shape == (400, 5)  # a copy and a constant add no direction
-    covariance = white.T @ white / 400
-    assert torch.allclose(covariance, torch.eye(5, dtype=torch.float64), atol=1e-5)
-    assert torch.allclose(white.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-6)
-    assert Whitening.of(features, 2).apply(features).shape == (400, 2)
-    # Units of measurement do not matter.
-    scaled = features * torch.tensor([1e3, 1, 1e-3, 1, 1, 5, 1])
-    other = Whitening.of(scaled, 32).apply(scaled)
-    assert torch.allclose(other.abs(), white.abs(), atol=1e-3)
+    found = MainDirections.of(features, 32)
+    projected = found.apply(features)
+    assert projected.shape == (400, 5)  # a copy and a constant add no direction
+    covariance = projected.T @ projected / 400
+    variances = torch.linalg.svdvals(features.double() - features.double().mean(0)) ** 2 / 400
+    assert torch.allclose(covariance, torch.diag(variances[:5]), atol=1e-5)
+    assert torch.allclose(projected.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-6)
+    # Nothing is lost: distances stay.
+    before, after = (
+        torch.cdist(features.double(), features.double()),
+        torch.cdist(projected, projected),
+    )
+    assert torch.allclose(before, after, atol=1e-4)
+    assert MainDirections.of(features, 2).apply(features).shape == (400, 2)
     with pytest.raises(TooFewError, match="1 different feature"):
-        Whitening.of(torch.ones(4, 2), 2)
+        MainDirections.of(torch.ones(4, 2), 2)
 
 
 def test_agreement_with_labels_by_hand():
