@@ -191,6 +191,11 @@ def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> Non
         return
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: no such checkpoint to load.")
+    if not _is_complete(path) and any(path.rglob("*.safetensors")):
+        raise ValueError(
+            f'checkpoint.initial_load_path = "{path}": holds safetensors, no checkpoint; a run '
+            "begins with a folder of experts by diffusers.start."
+        )
     saved = read(path)
     ours = f"{job_config.model.name}/{job_config.model.flavor}"
     theirs = f"{saved['family']}/{saved['flavor']}"

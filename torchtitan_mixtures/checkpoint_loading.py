@@ -24,7 +24,7 @@ from torchtitan.config import JobConfig as HostJobConfig
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.train_spec import get_train_spec
 
-from torchtitan_mixtures import checkpoint_config
+from torchtitan_mixtures import checkpoint_config, expert_files
 from torchtitan_mixtures.data.codecs import Codecs, build_codecs
 from torchtitan_mixtures.ema import STATE
 from torchtitan_mixtures.job_config import JobConfig, MixtureJobConfig
@@ -64,7 +64,8 @@ def find_checkpoint(folder: str | Path) -> Path:
     """Find the newest complete checkpoint of what may be a run, its checkpoints, or one of them.
 
     Args:
-        folder: A run's `job.dump_folder`, its checkpoint folder, or the folder of one step.
+        folder: A run's `job.dump_folder`, its checkpoint folder, or the folder of one step; or a
+            folder of experts, or of one, see `expert_files.py`.
 
     Raises:
         ValueError: There is none; names the folder and what is in it.
@@ -73,6 +74,8 @@ def find_checkpoint(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name a run's job.dump_folder or a checkpoint.")
     if (folder / checkpoint_config.METADATA).is_file():
+        return folder
+    if expert_files.is_single(folder) or expert_files.is_mixture(folder):
         return folder
     for candidate in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         latest = checkpoint_config.latest_checkpoint(candidate)
@@ -166,6 +169,8 @@ def rebuild(path: Path, saved: dict[str, Any]) -> tuple[MixtureJobConfig, BaseMo
 
 def has_average(path: Path) -> bool:
     """Say whether a checkpoint has an average of the parameters."""
+    if _is_exchanged(path):
+        return False
     index = _read_index(_WeightsReader(path), path)
     return any(name.startswith(f"{STATE}.") for name in index.state_dict_metadata)
 
@@ -176,6 +181,9 @@ def load_tensors(path: Path, state: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: One is missing or of another shape, or files are missing or broken.
     """
+    if _is_exchanged(path):
+        _load_exchanged(path, state)
+        return
     try:
         with warnings.catch_warnings():
             # One process is what is meant; DCP finds that worth a warning.
@@ -183,6 +191,28 @@ def load_tensors(path: Path, state: dict[str, torch.Tensor]) -> None:
             load_state(state, storage_reader=_WeightsReader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise _unreadable(path, error) from error
+
+
+def _is_exchanged(path: Path) -> bool:
+    """Say whether a folder has safetensors in place of a checkpoint's files."""
+    has_index = (path / checkpoint_config.METADATA).is_file()
+    return not has_index and (expert_files.is_single(path) or expert_files.is_mixture(path))
+
+
+def _load_exchanged(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """See `load_tensors`; of a folder that `expert_files.py` describes."""
+    names: tuple[str, ...] = ()
+    if expert_files.is_mixture(path):
+        # Imported late: it builds on this module.
+        from torchtitan_mixtures.expert_folder import read_mixture
+
+        names = read_mixture(path).names
+    found = expert_files.read_state(path, names)
+    for name, tensor in state.items():
+        shape = list(found[name].shape) if name in found else "absent"
+        if shape != list(tensor.shape):
+            raise ValueError(f"{path}: {name} is {shape}, the model has {list(tensor.shape)}.")
+        tensor.copy_(found[name])
 
 
 def _read_index(reader: FileSystemReader, path: Path) -> Metadata:

@@ -18,6 +18,7 @@ from torchtitan.train import Trainer
 from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.checks import check_job
 from torchtitan_mixtures.ema import EMA, STATE
+from torchtitan_mixtures.expert_folder import start_from
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.metrics import MixtureMetricsProcessor, diverged
 from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
@@ -53,6 +54,9 @@ class MixtureTrainer(Trainer):
         self.processor.further_scalars = getattr(self.loss_fn, "scalars", dict)
         self.processor.picture_folder = Path(job_config.job.dump_folder)
         self.processor.measure_updates()
+        if job_config.diffusers.start:
+            # A checkpoint of the run itself is loaded later, and takes the place of this.
+            start_from(self.model_parts[0], self.model_args, job_config.diffusers)
         self.ema = None
         if job_config.ema.decay > 0:
             self.ema = EMA(self.model_parts, job_config.ema.decay)

@@ -157,7 +157,7 @@ PARAMETERS = {
     "mmdit/SD3-medium": 2_028_328_000,
     "mmdit/d15_dit": 259_010_944,
     "mmdit/d24_dit": 1_039_248_448,
-    "mixdiff/debugmodel": 4_061_731,
+    "mixdiff/debugmodel": 4_059_043,
     "mixdiff/debugmodel_mmdit": 9_221_843,
     "mixdiff/S/4x4": 133_055_620,
     "mixdiff/S/2x8": 265_878_984,

@@ -17,7 +17,12 @@ from PIL import Image
 
 from torchtitan_mixtures.objectives.denoising import is_mixture_of_diffusers
 from torchtitan_mixtures.sampling.canvas import Canvas
-from torchtitan_mixtures.sampling.canvas_drawing import ConditionOf, draw_canvas, predict_with
+from torchtitan_mixtures.sampling.canvas_drawing import (
+    ConditionOf,
+    RegionTrace,
+    draw_canvas,
+    predict_with,
+)
 from torchtitan_mixtures.sampling.canvas_file import (
     SETTINGS,
     CanvasFile,
@@ -46,6 +51,7 @@ from torchtitan_mixtures.sampling.images import (
 )
 from torchtitan_mixtures.sampling.prompt_command import SQUARE
 from torchtitan_mixtures.sampling.prompt_encoding import PromptEncoder, choose_text_encoders
+from torchtitan_mixtures.sampling.routing import summarize, write_trace
 
 PICTURE_NAME = "canvas.png"
 PLACES_NAME = "regions.png"
@@ -192,10 +198,11 @@ def _draw_and_write(
     condition_of: ConditionOf,
     options: argparse.Namespace,
 ) -> None:
-    start = time.perf_counter()
+    start, args = time.perf_counter(), painter.loaded.model_args
+    trace = RegionTrace() if is_mixture_of_diffusers(args) else None
     image = draw_canvas(
-        predict_with(painter.loaded.model),
-        painter.loaded.model_args,
+        predict_with(painter.loaded.model, trace),
+        args,
         painter.process,
         canvas,
         condition_of,
@@ -218,6 +225,11 @@ def _draw_and_write(
     }
     with reports_writing(folder):
         Image.fromarray(picture).save(folder / PICTURE_NAME)
+        if trace is not None:
+            rows, weights = trace.table()
+            labels = [f"{canvas.regions[row].name} {canvas.regions[row].subject}" for row in rows]
+            write_trace(folder, args.names, trace.times, weights, labels, 1)
+            say(summarize(args.names, weights))
         Image.fromarray(draw_places(picture, canvas)).save(folder / PLACES_NAME)
         text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
         (folder / TABLE_NAME).write_text(text, encoding="utf-8", errors="replace")

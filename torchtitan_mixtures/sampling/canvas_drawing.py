@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -77,15 +78,49 @@ def draw_canvas(
     return latents if vae is None else vae.decode(latents)
 
 
-def predict_with(model: Callable[..., DenoiserOutput]) -> Predict:
-    """Call a model for `draw_canvas`."""
+def predict_with(model: Callable[..., DenoiserOutput], trace: RegionTrace | None = None) -> Predict:
+    """Call a model for `draw_canvas`.
+
+    Args:
+        model: In evaluation mode.
+        trace: Takes down which experts of a mixture of diffusers are used; None: nobody does.
+    """
 
     def predict(
         rows: Sequence[int], latents: Tensor, times: Tensor, inputs: Inputs
     ) -> DenoiserOutput:
-        return model(latents, times, **inputs)
+        output = model(latents, times, **inputs)
+        if trace is not None and output.gates is not None:
+            trace.add(rows, float(times[0]), output.gates[: len(rows)].float().cpu())
+        return output
 
     return predict
+
+
+class RegionTrace:
+    """The weights of experts at every step of every region of a canvas."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._gates: dict[int, list[Tensor]] = {}
+
+    def add(self, rows: Sequence[int], time: float, gates: Tensor) -> None:
+        """Add a call of the model.
+
+        Args:
+            rows: Numbers of its regions.
+            time: What its embedding of time was fed.
+            gates: `(regions, experts)` float32 on the CPU.
+        """
+        if time not in self.times:
+            self.times.append(time)
+        for row, weights in zip(rows, gates, strict=True):
+            self._gates.setdefault(row, []).append(weights)
+
+    def table(self) -> tuple[list[int], NDArray[np.float32]]:
+        """Numbers of the regions that were drawn, and `(regions, steps, experts)`."""
+        rows = sorted(self._gates)
+        return rows, torch.stack([torch.stack(self._gates[row]) for row in rows]).numpy()
 
 
 def canvas_noise(

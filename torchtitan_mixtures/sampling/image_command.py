@@ -229,8 +229,9 @@ def draw_and_write(
         write_overview(folder, pictures, subjects, options.num_samples, facts)
         if trace is not None:
             labels = [subject.label for subject in subjects]
-            write_trace(folder, trace, batches, labels, options.num_samples)
-            say(summarize(trace, batches))
+            times, weights = trace.table(batches)
+            write_trace(folder, args.names, times, weights, labels, options.num_samples)
+            say(summarize(args.names, weights))
     say(f"{len(rows)} images in {seconds:.1f} s: {folder}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torchtitan_mixtures.data.vae import Vae
 from torchtitan_mixtures.job_config import Objective
@@ -221,11 +222,17 @@ def draw_images(
 
     Returns:
         `(batch, channels, height, width)` float32, pictures in [-1, 1], not clipped.
+
+    Raises:
+        ValueError: There are not as many conditions as numbers.
     """
     shape = (args.in_channels, *(size or (args.image_size, args.image_size)))
     step_noise = noise_of_samples(settings.seed, torch.tensor(list(numbers)), shape, device)
     if not isinstance(condition, Condition):
         condition = class_condition(condition, args.num_classes, device)
+    rows = next(leaf.shape[0] for leaf in tree_leaves(dict(condition.given)))
+    if rows != len(numbers):
+        raise ValueError(f"{rows} conditions for {len(numbers)} images: give one for each.")
     denoiser = make_denoiser(model, args, condition, settings, trace=trace)
     latents = draw_latents(denoiser, process, step_noise, settings, progress)
     return latents if vae is None else vae.decode(latents)

@@ -94,21 +94,26 @@ class Routing:
 
 
 def write_trace(
-    folder: Path, trace: RoutingTrace, batches: Sequence[int], labels: Sequence[str], columns: int
+    folder: Path,
+    experts: Sequence[str],
+    times: Sequence[float],
+    weights: NDArray[np.float32],
+    labels: Sequence[str],
+    columns: int,
 ) -> None:
     """Write who was used when: `routing.json` has every number, `routing.png` means of subjects.
 
     Args:
         folder: That of the images.
-        trace: Of all images.
-        batches: Images of each batch that was drawn.
+        experts: Their names.
+        times: That of each step.
+        weights: `(images, steps, experts)`.
         labels: What the images are of.
         columns: Images of each of these, one after the other.
     """
-    times, weights = trace.table(batches)
     content = {
-        "experts": list(trace.experts),
-        "times": times,
+        "experts": list(experts),
+        "times": list(times),
         "images": [
             {"number": number, "subject": labels[number // columns], "weights": rows}
             for number, rows in enumerate(weights.round(6).tolist())
@@ -116,7 +121,7 @@ def write_trace(
     }
     (folder / JSON_NAME).write_text(json.dumps(content, ensure_ascii=False) + "\n")
     panels = [
-        Panel(label, _lines(weights[row * columns : (row + 1) * columns], trace.experts))
+        Panel(label, _lines(weights[row * columns : (row + 1) * columns], experts))
         for row, label in enumerate(labels[:MAX_PANELS])
     ]
     Image.fromarray(draw_chart(panels, "step", "weight of experts")).save(folder / PICTURE_NAME)
@@ -131,9 +136,8 @@ def _lines(weights: NDArray[np.float32], experts: Sequence[str]) -> list[Line]:
     ]
 
 
-def summarize(trace: RoutingTrace, batches: Sequence[int]) -> str:
+def summarize(experts: Sequence[str], weights: NDArray[np.float32]) -> str:
     """The mean weight of each expert over all images and steps, in words."""
-    _, weights = trace.table(batches)
     means = weights.mean((0, 1))
-    parts = [f"{name} {mean:.0%}" for name, mean in zip(trace.experts, means, strict=True)]
+    parts = [f"{name} {mean:.0%}" for name, mean in zip(experts, means, strict=True)]
     return f"Weights of the experts: {', '.join(parts)}"

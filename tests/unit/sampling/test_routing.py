@@ -11,9 +11,10 @@ from PIL import Image
 
 from tests.checkpoints import save_tiny_mixdiff
 from tests.unit.models.mixdiff.helpers import make_model
+from torchtitan_mixtures.objectives.ddpm import DDPM
 from torchtitan_mixtures.sampling.command import main
 from torchtitan_mixtures.sampling.conditions import class_condition
-from torchtitan_mixtures.sampling.images import ImageSettings, make_denoiser
+from torchtitan_mixtures.sampling.images import ImageSettings, draw_images, make_denoiser
 from torchtitan_mixtures.sampling.routing import RoutingTrace
 
 
@@ -102,3 +103,51 @@ def test_the_command_keeps_the_first_weights_if_told_to(checkpoint, tmp_path):
     assert (weights == weights[:, :1]).all()
     settings = json.loads((tmp_path / "a" / "samples.json").read_text())["settings"]
     assert settings["routing"] == "once"
+
+
+def test_as_many_prompts_as_images_are_needed():
+    model = make_model(dtype=torch.float32)
+    args = model.model_args
+    settings = ImageSettings("ddim", 2, 0.0, 1.0, 0, 0)
+    for subjects in ([1, 2], class_condition([1, 2], args.num_classes, "cpu")):
+        with pytest.raises(ValueError, match="2 conditions for 3 images: give one for each"):
+            draw_images(model, args, DDPM(), subjects, [0, 1, 2], settings, "cpu")
+
+
+CANVAS = """
+width = 48
+height = 32
+num_steps = 2
+
+[[regions]]
+left = 0
+top = 0
+class_label = 3
+
+[[regions]]
+left = 16
+top = 0
+class_label = 9
+guidance = 2.0
+"""
+
+
+def test_a_canvas_says_who_drew_its_regions(checkpoint, tmp_path):
+    (tmp_path / "canvas.toml").write_text(CANVAS)
+    out = tmp_path / "out"
+    main(
+        [
+            "--checkpoint",
+            str(checkpoint),
+            "--canvas",
+            str(tmp_path / "canvas.toml"),
+            "--out",
+            str(out),
+        ]
+    )
+    table = json.loads((out / "routing.json").read_text())
+    assert [image["subject"] for image in table["images"]] == ["regions[0] 3", "regions[1] 9"]
+    weights = np.array([image["weights"] for image in table["images"]])
+    assert weights.shape == (2, 2, 3) and np.allclose(weights.sum(2), 1, atol=1e-5)
+    assert not np.allclose(weights[0], weights[1])
+    assert Image.open(out / "routing.png").width == 2 * 400

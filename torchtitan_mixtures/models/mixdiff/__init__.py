@@ -30,7 +30,7 @@ mixdiff_args = Flavors(
             router_layers=2,
             router_patch_size=8,
             in_channels=3,
-            num_classes=30,
+            num_classes=24,
         ),
         # Experts that are told prompts.
         "debugmodel_mmdit": MixDiffModelArgs(

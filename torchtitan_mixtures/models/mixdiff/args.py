@@ -241,6 +241,7 @@ class MixDiffModelArgs(BaseModelArgs):
             from torchtitan_mixtures.expert_folder import read_mixture
 
             names = read_mixture(config.start).names
+            names += tuple(str(number) for number in range(len(names), self.num_experts))
         self.expert_names = tuple(names) if len(names) == self.num_experts else ()
 
     # --- checks -----------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import torch
 
 from torchtitan_mixtures.models.mixdiff import MixtureOfDiffusers, mixdiff_args
 
-CLASSES = 30
-
 
 def make_args(flavor="debugmodel", **fields):
     args = mixdiff_args[flavor]

@@ -65,7 +65,7 @@ def test_a_router_reads_its_inputs_and_no_others(flavor, kind, inputs):
     model = make_model(flavor, router=kind, router_inputs=inputs)
     latents, times, condition = make_batch(model.model_args)
     if flavor == "debugmodel":
-        changed = {"class_labels": (condition["class_labels"] + 1) % 30}
+        changed = {"class_labels": (condition["class_labels"] + 1) % 24}
     else:
         ids = condition["prompts"]["text"].flip(0)
         changed = {"prompts": {"text": ids}, "kept": torch.ones_like(condition["kept"])}
