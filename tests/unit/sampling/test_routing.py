@@ -111,7 +111,7 @@ def test_as_many_prompts_as_images_are_needed():
     settings = ImageSettings("ddim", 2, 0.0, 1.0, 0, 0)
     for subjects in ([1, 2], class_condition([1, 2], args.num_classes, "cpu")):
         with pytest.raises(ValueError, match="2 conditions for 3 images: give one for each"):
-            draw_images(model, args, DDPM(), subjects, [0, 1, 2], settings, "cpu")
+            draw_images(model, args, DDPM(channels=3), subjects, [0, 1, 2], settings, "cpu")
 
 
 CANVAS = """
