@@ -18,7 +18,8 @@ from pathlib import Path
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-import benchmark_mmdit  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mixdiff  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mmdit  # pyrefly: ignore [missing-import]
 import benchmark_mom  # pyrefly: ignore [missing-import]
 import benchmark_mone  # pyrefly: ignore [missing-import]
 import benchmark_mot  # pyrefly: ignore [missing-import]
@@ -78,6 +79,18 @@ def add_mmdit(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_mmdit.ROWS
 
 
+def add_mixdiff(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """Flags of the family's own; its rows."""
+    add = parser.add_argument
+    experts, top_k = benchmark_mixdiff.EXPERTS, list(benchmark_mixdiff.TOP_K)
+    add("--expert", choices=experts, default=experts[0], help="what all experts are")
+    add("--num-experts", nargs="+", type=int, help=f"default: {benchmark_mixdiff.NUM_EXPERTS}")
+    add("--top-k", nargs="+", type=int, default=top_k, help=f"default: {top_k}")
+    add("--dtypes", nargs="+", choices=list(benchmark_mixdiff.DTYPES), help="default: both")
+    add("--batch", type=int, default=benchmark_mixdiff.BATCH, help="samples")
+    return benchmark_mixdiff.ROWS
+
+
 def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     """Flags of the layouts of two processes; their rows."""
     layouts = list(benchmark_parallel.LAYOUTS)
@@ -90,6 +103,7 @@ FAMILIES = {
     "mom": add_mom,
     "mone": add_mone,
     "mmdit": add_mmdit,
+    "mixdiff": add_mixdiff,
     "parallel": add_parallel,
 }
 

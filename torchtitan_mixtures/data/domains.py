@@ -112,12 +112,20 @@ def _apportion(shares: Sequence[float], total: int) -> tuple[int, ...]:
 def domain_names(job_config: JobConfig) -> tuple[str, ...]:
     """Name the domains of a job's images, without reading any; none if there are no domains.
 
+    With `multimodal.train_domains` those are all that there are, in the order of the data.
+
     Args:
         job_config: The whole configuration; read is its section multimodal.
 
     Raises:
         ValueError: Names the key that does not fit, its value and the remedy.
     """
+    names, wanted = _all_names(job_config), multimodal_section(job_config).train_domains
+    return tuple(name for name in names if name in wanted) if wanted else names
+
+
+def _all_names(job_config: JobConfig) -> tuple[str, ...]:
+    """Name all domains of the data, whichever a job trains on."""
     config = multimodal_section(job_config)
     if config.domain_column:
         return _column_names(config)
@@ -160,7 +168,7 @@ def check_domains(job_config: JobConfig, is_prompted: bool) -> None:
             f"multimodal.scene_fraction = {config.scene_fraction}: scenes are composed anew and "
             f'are in no file; with multimodal.domains = "{config.domains}" set it to 0.'
         )
-    names = domain_names(job_config)
+    names = _all_names(job_config)
     for key in ("train_domains", "domain_shares"):
         named = getattr(config, key)
         if named and not names:
@@ -252,7 +260,7 @@ def open_domains(
     """
     config = multimodal_section(job_config)
     check_domains(job_config, is_prompted)
-    names = domain_names(job_config)
+    names = _all_names(job_config)
     if not names:
         return None
     labels = _read_labels(config, key, split, images)
@@ -273,7 +281,8 @@ def open_domains(
             f'"{split}" has no images of "{names[empty[0]]}" (it has {described}). '
             + ("Leave it out." if is_training else "Leave out the split.")
         )
-    domains = Domains(names, labels, taken, [shares[names[number]] for number in taken if shares])
+    amounts = [shares[names[number]] for number in taken if shares]
+    domains = _renumbered(domain_names(job_config), names, labels, taken, amounts)
     if 0 in domains.counts:
         name = names[taken[domains.counts.index(0)]]
         raise ValueError(
@@ -281,6 +290,18 @@ def open_domains(
             f"{len(domains.chosen)} samples of an epoch; raise it, or set it to 0."
         )
     return domains
+
+
+def _renumbered(
+    kept: tuple[str, ...],
+    names: tuple[str, ...],
+    labels: NDArray[np.int64],
+    taken: Sequence[int],
+    shares: Sequence[float],
+) -> Domains:
+    """Make domains that are numbered as the job names them; images of others have -1."""
+    numbers = np.array([kept.index(name) if name in kept else -1 for name in names], np.int64)
+    return Domains(kept, numbers[labels], [int(numbers[number]) for number in taken], shares)
 
 
 def _read_labels(

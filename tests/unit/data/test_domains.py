@@ -21,7 +21,7 @@ from tests.unit.data.image_jobs import (
 )
 from tests.unit.data.prompt_jobs import assert_same_batches, captioned_job, write_captioned
 from torchtitan_mixtures.data.domain_file import write_domain_file
-from torchtitan_mixtures.data.domains import Domains
+from torchtitan_mixtures.data.domains import Domains, domain_names
 from torchtitan_mixtures.data.emoji import STYLES, EmojiCorpus
 from torchtitan_mixtures.data.image_data import open_images
 from torchtitan_mixtures.data.image_loader import (
@@ -194,14 +194,20 @@ def test_shares_are_kept_in_the_samples_of_an_epoch():
         assert Counter(domain for _, domain in drawn) == {0: 11, 2: 100}
 
 
+def test_domains_that_a_job_trains_on_are_all_that_it_has():
+    job = emoji_job(train_domains=["fluent", "noto"])
+    assert domain_names(job) == ("noto", "fluent")  # in the order of the data
+    assert domain_names(emoji_job()) == ("noto", "noto_v1", "fluent")
+
+
 def test_training_domains_are_those_of_validation_too():
     job = emoji_job(train_domains=["fluent", "noto_v1"])
     samples = list(by_number(take(job, 31)).values())[:93]
-    assert Counter(domain for _, domain in samples) == {1: 35, 2: 58}
+    assert Counter(domain for _, domain in samples) == {0: 35, 1: 58}
     images = open_images(job, TRAIN, "unseen_style")
     drawings = EmojiCorpus.load().drawings("unseen_style")
     assert sorted(samples) == sorted(
-        (images.read(index).image.numpy().tobytes(), STYLES.index(drawing.style))
+        (images.read(index).image.numpy().tobytes(), STYLES.index(drawing.style) - 1)
         for index, drawing in enumerate(drawings)
         if drawing.style != "noto"
     )
@@ -210,7 +216,7 @@ def test_training_domains_are_those_of_validation_too():
         for rank in range(ranks):
             loader = build_image_validation_dataloader(ranks, rank, job, "unseen_style")
             domains, numbers = scored_domains(loader)
-            assert set(domains) == {1, 2} and len(loader) == -(-93 // (3 * ranks))
+            assert set(domains) == {0, 1} and len(loader) == -(-93 // (3 * ranks))
             seen += numbers
         # Images keep their numbers, and with them the noise of validation.
         assert sorted(seen) == [i for i, d in enumerate(drawings) if d.style != "noto"]
@@ -289,9 +295,9 @@ def test_prompted_emoji_have_domains(ranks):
     batches = [batch for each in of_ranks for batch in each]
     assert prompt_jobs.by_number(batches) == expected
     drawn = Counter(d for inputs, _ in batches for d in inputs["domain_labels"].tolist())
-    assert drawn.keys() == {0, 2} and sum(drawn.values()) == 108
+    assert drawn.keys() == {0, 1} and sum(drawn.values()) == 108  # as the job names them
     loader = build_prompt_validation_dataloader(1, 0, job, "unseen_style")
-    assert Counter(scored_domains(loader)[0]) == {0: 53, 2: 58}
+    assert Counter(scored_domains(loader)[0]) == {0: 53, 1: 58}
 
 
 def test_captioned_pictures_of_several_shapes_can_be_taken_by_domain(tmp_path):
@@ -306,11 +312,11 @@ def test_captioned_pictures_of_several_shapes_can_be_taken_by_domain(tmp_path):
     values |= {"domains": str(tmp_path / "domains.json"), "train_domains": ["odd"]}
     job = captioned_job(root, **values)
     batches = prompt_jobs.take(job, 3)  # four square ones and two wide ones
-    assert all((inputs["domain_labels"] == 1).all() for inputs, _ in batches)
+    assert all((inputs["domain_labels"] == 0).all() for inputs, _ in batches)
     shapes = Counter(tuple(inputs["input"].shape[2:]) for inputs, _ in batches)
     assert sorted(shapes.values()) == [1, 2]
     loader = build_prompt_dataloader(1, 0, None, job)
     assert loader.fingerprint["images of each aspect ratio"] == [4, 2]
     validation = build_prompt_validation_dataloader(1, 0, job, "validation")
     domains, numbers = scored_domains(validation)
-    assert set(domains) == {1} and sorted(numbers) == [3, 4, 5]
+    assert set(domains) == {0} and sorted(numbers) == [3, 4, 5]
