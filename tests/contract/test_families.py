@@ -119,6 +119,7 @@ PARAMETERS = {
     "mot/70B_3modality_dense": 70_553_706_496,
     "mom/debugmodel": 3_666_528,
     "mom/debugmodel_dit": 1_289_824,
+    "mom/debugmodel_dit_224": 3_869_920,
     "mom/debugmodel_matched": 1_824_352,
     "mom/MoM-S/4-matched": 48_728_960,
     "mom/MoM-S/2": 107_748_128,

@@ -142,7 +142,7 @@ class MixtureRun(Run):
         process = build_process(self.job.objective, args.in_channels)
         process.learned_variance = args.learned_variance  # pyrefly: ignore [missing-attribute]
         names = [f"domain{number}" for number in range(DOMAINS)]
-        meter = DomainMeter(args.names, names, lambda: self.mesh("loss"))
+        meter = DomainMeter(args.names, names, loss_mesh=lambda: self.mesh("loss"))
         return DenoisingLoss(
             process,
             args,

@@ -328,7 +328,8 @@ def build_routing(
     if not is_mixture_of_diffusers(model_args):
         return None
     config = job_config.diffusers
-    meter = DomainMeter(model_args.names, domain_names(job_config), loss_mesh)
+    domains, by_domain = domain_names(job_config), config.training != "joint"
+    meter = DomainMeter(model_args.names, domains, by_domain, loss_mesh)
     return RoutingTask(config.training, config.router_weight, meter)
 
 

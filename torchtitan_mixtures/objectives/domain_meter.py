@@ -26,7 +26,8 @@ class DomainMeter:
 
     Args:
         experts: Name of each expert.
-        domains: Name of each domain, which is that of its expert; none: samples have no domains.
+        domains: Name of each domain; none: samples have no domains.
+        has_own_experts: Whether expert k is that of domain k, which the router is to tell.
         loss_mesh: The ranks that hold other positions.
     """
 
@@ -34,10 +35,12 @@ class DomainMeter:
         self,
         experts: Sequence[str],
         domains: Sequence[str] = (),
+        has_own_experts: bool = True,
         loss_mesh: Callable[[], DeviceMesh | None] = lambda: None,
     ) -> None:
         self._experts = tuple(experts)
         self._domains = tuple(domains)
+        self._has_own_experts = has_own_experts
         self._loss_mesh = loss_mesh
         self._sums: dict[str, Tensor] = {}
 
@@ -74,7 +77,7 @@ class DomainMeter:
         self._add("samples", own.sum(0))
         self._add("losses", losses.detach().double().sum(1) @ own)
         self._add("positions", is_supervised.double().sum(1) @ own)
-        if logits is not None:
+        if logits is not None and self._has_own_experts:
             self._add("right", (logits.argmax(1) == domains).double() @ own)
             self._add("cross_entropy", router_cross_entropy(logits, domains) @ own)
 

@@ -29,6 +29,17 @@ mom_args = Flavors(
             mixer="attention",
             n_heads=4,
         ),
+        # As many parameters as three debugmodel_dit.
+        "debugmodel_dit_224": MoMModelArgs(
+            dim=224,
+            n_layers=4,
+            patch_size=4,
+            in_channels=3,
+            image_size=32,
+            num_classes=10,
+            mixer="attention",
+            n_heads=4,
+        ),
         # As many multiply-adds as debugmodel_dit.
         "debugmodel_matched": MoMModelArgs(
             dim=128,
