@@ -32,8 +32,8 @@ def assemble(options: argparse.Namespace) -> None:
     _show(edits.assemble(options.out, sources, options.router, averaged))
     if options.router is None:
         print(
-            "The router is new and gives all experts alike; teach one (diffusers.training = "
-            "'router') and assemble again with --router."
+            "The router is new and gives all experts alike; teach one: diffusers.start = "
+            f"{str(options.out)!r} with diffusers.training = 'router', or all at once."
         )
 
 

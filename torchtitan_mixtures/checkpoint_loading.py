@@ -201,13 +201,14 @@ def _is_exchanged(path: Path) -> bool:
 
 def _load_exchanged(path: Path, state: dict[str, torch.Tensor]) -> None:
     """See `load_tensors`; of a folder that `expert_files.py` describes."""
-    names: tuple[str, ...] = ()
+    names, unrouted = (), ()
     if expert_files.is_mixture(path):
         # Imported late: it builds on this module.
         from torchtitan_mixtures.expert_folder import read_mixture
 
-        names = read_mixture(path).names
-    found = expert_files.read_state(path, names)
+        mixture = read_mixture(path)
+        names, unrouted = mixture.names, mixture.unrouted
+    found = expert_files.read_state(path, names, unrouted)
     for name, tensor in state.items():
         shape = list(found[name].shape) if name in found else "absent"
         if shape != list(tensor.shape):

@@ -87,26 +87,46 @@ def write_tensors(
     partial.replace(path)
 
 
-def read_router(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Read the router of a mixture, rows of its head in an order of experts.
-
-    Args:
-        folder: The mixture's.
-        names: Experts; those that the router has no row for are never chosen.
+def read_rows(folder: Path) -> list[str]:
+    """Name the experts that rows of a mixture's router are of; the file's header alone is read.
 
     Raises:
         ValueError: The file is missing or broken, or does not say whose rows it has.
     """
     path = folder / ROUTER / WEIGHTS
-    tensors, metadata = read_tensors(path)
+    shapes = read_shapes(path)
+    counts = [shapes.get(name, [])[:1] for name in HEAD]
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_ROWS, "")
     try:
-        rows = json.loads(metadata[_ROWS])
-        weight, bias = (tensors[name] for name in HEAD)
-        if len(rows) != len(weight):
-            raise KeyError(_ROWS)
-    except (KeyError, json.JSONDecodeError):
-        raise ValueError(f"{path}: does not say which experts its rows are of.") from None
-    found = [rows.index(name) if name in rows else None for name in names]
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        rows = None
+    is_list = isinstance(rows, list) and all(isinstance(name, str) for name in rows)
+    if not is_list or len(set(rows)) < len(rows) or counts != [[len(rows)]] * len(HEAD):
+        raise ValueError(f"{path}: does not say which experts its rows are of.")
+    return rows
+
+
+def read_router(
+    folder: Path, names: Sequence[str], unrouted: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Read the router of a mixture, rows of its head in an order of experts.
+
+    Args:
+        folder: The mixture's.
+        names: Experts; those that the router has no row for are never chosen.
+        unrouted: Of these neither, whatever rows there are: one may be left of an expert of the
+            same name whose removal was interrupted.
+
+    Raises:
+        ValueError: The file is missing or broken, or does not say whose rows it has.
+    """
+    rows = read_rows(folder)
+    tensors, _ = read_tensors(folder / ROUTER / WEIGHTS)
+    weight, bias = (tensors[name] for name in HEAD)
+    known = set(rows) - set(unrouted)
+    found = [rows.index(name) if name in known else None for name in names]
     unknown = torch.zeros_like(weight[0]), torch.full_like(bias[0], NEVER)
     tensors["head.weight"] = torch.stack([unknown[0] if r is None else weight[r] for r in found])
     tensors["head.bias"] = torch.stack([unknown[1] if r is None else bias[r] for r in found])
@@ -118,19 +138,23 @@ def write_router(folder: Path, tensors: Mapping[str, Tensor], names: Sequence[st
     write_tensors(folder / ROUTER / WEIGHTS, tensors, {_ROWS: json.dumps(list(names))})
 
 
-def read_state(folder: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
+def read_state(
+    folder: Path, names: Sequence[str] = (), unrouted: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Read all parameters of a folder, under the names that its model gives them.
 
     Args:
         folder: Of a single model or a mixture.
         names: Of a mixture its experts, in order.
+        unrouted: Of a mixture the experts that its router has not learned.
 
     Raises:
         ValueError: A file is missing or broken; names it.
     """
     if is_single(folder):
         return read_tensors(folder / WEIGHTS)[0]
-    state = {f"{ROUTER}.{name}": tensor for name, tensor in read_router(folder, names).items()}
+    router = read_router(folder, names, unrouted)
+    state = {f"{ROUTER}.{name}": tensor for name, tensor in router.items()}
     for expert in names:
         tensors, _ = read_tensors(expert_folder(folder, expert) / WEIGHTS)
         state |= {f"{EXPERTS}.{expert}.{name}": tensor for name, tensor in tensors.items()}

@@ -23,6 +23,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_mixtures import checkpoint_config, expert_files
 from torchtitan_mixtures.checkpoint_loading import rebuild
 from torchtitan_mixtures.diffusers_config import Diffusers
+from torchtitan_mixtures.ema import plain_name
 from torchtitan_mixtures.job_config import Mixture as MixtureSection
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.models.common.building import assign
@@ -62,6 +63,11 @@ class Mixture:
         return self.model_args.names
 
     @property
+    def has_learned(self) -> bool:
+        """Whether its router has learned anything."""
+        return not set(self.names) <= set(self.unrouted)
+
+    @property
     def flavors(self) -> dict[str, str]:
         """Family and flavour of each expert, by name."""
         return dict(zip(self.names, self.model_args.experts, strict=True))
@@ -92,6 +98,12 @@ def read_mixture(folder: str | Path) -> Mixture:
     for name, (family, expert_args) in zip(args.names, args.parts, strict=True):
         _check_expert(mixture, name, family, expert_args)
     _check_shapes(path / expert_files.ROUTER, _shapes_of_router(args, path))
+    lacking = {*args.names} - {*expert_files.read_rows(path), *mixture.unrouted}
+    if lacking:
+        raise ValueError(
+            f"{path}: its router has no row for {', '.join(sorted(lacking))}; put its file back, "
+            f'or name them in "{UNROUTED}" of {expert_files.CONFIG}.'
+        )
     return mixture
 
 
@@ -241,8 +253,15 @@ def write_config(
 ) -> None:
     """Write the `config.json` of a mixture, complete or not at all."""
     job = _without_mixture(job_config)
-    job.diffusers.experts = list(model_args.experts)
-    job.diffusers.training = job_config.diffusers.training
+    # As the folder is now, not as in the run: experts may be other ones, and tools that score the
+    # mixture must score its prediction, also if the run trained a router alone.
+    job.mixture.top_k = model_args.top_k
+    job.diffusers = Diffusers(
+        experts=list(model_args.experts),
+        router=model_args.router,
+        router_inputs=list(model_args.router_inputs),
+        renormalize="yes" if model_args.renormalize else "no",
+    )
     if job.model.name != FAMILY:  # of an expert's run; [diffusers] says what the flavour does not
         job.model.name, job.model.flavor = FAMILY, "debugmodel"
     beside = folder / ".config"
@@ -295,7 +314,7 @@ def check_start(job_config: MixtureJobConfig, model_args: Any) -> None:
                     mixture.job_config)  # fmt: skip
     except ValueError as error:
         raise ValueError(f'diffusers.start = "{config.start}": {error}') from None
-    for field, key in _ROUTER_FIELDS.items():
+    for field, key in _ROUTER_FIELDS.items() if mixture.has_learned else ():
         ours, theirs = getattr(model_args, field), getattr(mixture.model_args, field)
         if ours != theirs:
             raise ValueError(
@@ -343,8 +362,9 @@ def _check_copies(config: Diffusers, ours: dict[str, str], theirs: dict[str, str
 def start_from(model: nn.Module, model_args: Any, config: Diffusers) -> None:
     """Give a model the weights of a folder, by the names of experts.
 
-    New experts become copies of `diffusers.new_expert_from`, or stay as they are. Their rows of the
-    router's head are zero, as are those of experts that the folder's router has not learned.
+    A router that has learned nothing is left out. New experts become copies of
+    `diffusers.new_expert_from`, or stay as they are. Their rows of the router's head are zero, as
+    are those of experts that the folder's router has not learned.
 
     Args:
         model: A `MixtureOfDiffusers`; its parameters may be sharded.
@@ -352,11 +372,13 @@ def start_from(model: nn.Module, model_args: Any, config: Diffusers) -> None:
         config: The `[diffusers]` section, checked by `check_start`.
     """
     mixture = read_mixture(config.start)
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     known = [name for name in mixture.names if name not in mixture.unrouted]
-    router = expert_files.read_router(mixture.path, model_args.names)
+    router: dict[str, Tensor] = {}
+    if mixture.has_learned:
+        router = expert_files.read_router(mixture.path, model_args.names)
     for row, name in enumerate(model_args.names):
-        if name not in known:
+        if router and name not in known:
             router["head.bias"][row] = 0.0
             router["head.weight"][row] = 0.0
     for name, values in router.items():
@@ -376,8 +398,3 @@ def start_from(model: nn.Module, model_args: Any, config: Diffusers) -> None:
         + (f"; new: {', '.join(new)}" if new else "")
         + (f"; not in this job: {', '.join(left)}" if left else "")
     )
-
-
-def _plain(name: str) -> str:
-    """Name of a parameter without what wrappers add."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

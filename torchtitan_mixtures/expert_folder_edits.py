@@ -6,6 +6,7 @@ folder in between, or after a kill, finds it as it was or as it is to be.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,11 @@ def _check_flavor(flavor: str, args: Any) -> None:
             )
 
 
+def _unrouted(path: Path) -> tuple[str, ...]:
+    """The experts that a router has not learned, of a folder of experts; runs teach all."""
+    return read_mixture(path).unrouted if expert_files.is_mixture(path) else ()
+
+
 def export(checkpoint: str, out: Path, averaged: bool = True) -> Mixture:
     """Make a folder of experts of a run of a mixture.
 
@@ -120,7 +126,7 @@ def export(checkpoint: str, out: Path, averaged: bool = True) -> Mixture:
     args = loaded.model_args
     if not is_mixture_of_diffusers(args) or args.router_only:
         raise ValueError(f"--checkpoint {checkpoint}: is no mixture of diffusers with experts.")
-    write_mixture(out, loaded.job_config, args, _parameters(loaded))
+    write_mixture(out, loaded.job_config, args, _parameters(loaded), _unrouted(loaded.path))
     return read_mixture(out)
 
 
@@ -149,16 +155,18 @@ def assemble(
             f"the expert {first.name!r} ({first.path})", first.model_args, first.job_config,
             f"{source.name!r} ({source.path})", source.model_args, source.job_config,
         )  # fmt: skip
+    unrouted: tuple[str, ...] = ()
     if router is None:
         args, job, tensors = _new_router(sources)
+        unrouted = tuple(names)
     else:
         with _named(f"--router {router}"):
-            args, job, tensors = _read_router(router, sources, averaged)
+            args, job, tensors, unrouted = _read_router(router, sources, averaged)
     state = {f"{expert_files.ROUTER}.{name}": tensor for name, tensor in tensors.items()}
     for source in sources:
         prefix = f"{expert_files.EXPERTS}.{source.name}"
         state |= {f"{prefix}.{name}": tensor for name, tensor in source.tensors.items()}
-    write_mixture(out, job, args, state)
+    write_mixture(out, job, args, state, unrouted)
     return read_mixture(out)
 
 
@@ -183,13 +191,28 @@ def _new_router(sources: Sequence[Source]) -> tuple[Any, MixtureJobConfig, dict[
         model.init_weights()
         for name in expert_files.HEAD:
             model.router.get_parameter(name).zero_()
-    return args, first.job_config, dict(model.router.state_dict())
+    return args, _job_of_all(sources), dict(model.router.state_dict())
+
+
+def _job_of_all(sources: Sequence[Source]) -> MixtureJobConfig:
+    """The job of the first expert, on the images of all: each may have seen its domain alone."""
+    job = copy.deepcopy(sources[0].job_config)
+    data = [source.job_config.multimodal for source in sources]
+    domains = {name for each in data for name in each.train_domains}
+    is_divided = all(each.train_domains for each in data)
+    is_alike = len({(each.domains, each.domain_column) for each in data}) == 1
+    job.multimodal.train_domains = sorted(domains) if is_divided and is_alike else []
+    job.multimodal.domain_shares = {}
+    return job
 
 
 def _read_router(
     folder: str, sources: Sequence[Source], averaged: bool
-) -> tuple[Any, MixtureJobConfig, dict[str, Tensor]]:
-    """The router of a run or of a folder, its rows in the order of the experts."""
+) -> tuple[Any, MixtureJobConfig, dict[str, Tensor], tuple[str, ...]]:
+    """The router of a run or of a folder, its rows in the order of the experts.
+
+    Also says which of them it has not learned.
+    """
     loaded = load_model(folder, averaged=averaged)
     known = loaded.model_args
     if not is_mixture_of_diffusers(known):
@@ -214,7 +237,7 @@ def _read_router(
         expert_names=tuple(names),
         router_only=False,
     )
-    return args, loaded.job_config, tensors
+    return args, loaded.job_config, tensors, _unrouted(loaded.path)
 
 
 # --- changes in place -----------------------------------------------------------------------------
@@ -277,7 +300,7 @@ def remove(folder: Path, name: str) -> Mixture:
     del experts[number], names[number]
     unrouted = [each for each in mixture.unrouted if each != name]
     changed = _change(mixture, experts, names, unrouted)
-    router = expert_files.read_router(folder, names)
+    router = expert_files.read_router(folder, names, unrouted)
     expert_files.write_router(folder, router, names)
     shutil.rmtree(expert_files.expert_folder(folder, name), ignore_errors=True)
     return changed

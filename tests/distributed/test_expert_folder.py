@@ -18,22 +18,27 @@ BASE = ("--validation.no_enable", "--metrics.no_enable_tensorboard", "--checkpoi
         "--mixture.frozen_towers=noto,noto_v1")  # fmt: skip
 
 
-def sums(model):
+def totals(tensors):
     return {
-        name: float((p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().sum())
-        for name, p in model.named_parameters()
+        name: float((t.full_tensor() if hasattr(t, "full_tensor") else t).detach().double().sum())
+        for name, t in tensors.items()
     }
 
 
+def sums(model):
+    return totals(dict(model.named_parameters()))
+
+
 def train(steps, *overrides):
-    """Weights before and after some steps."""
+    """Weights before and after some steps, the step, and the average of the weights."""
     trainer = MixtureTrainer(debug_job("mixdiff", *BASE, f"--training.steps={steps}", *overrides))
     before = sums(trainer.model_parts[0])
     trainer.train()
     after = sums(trainer.model_parts[0])
     step = trainer.step
+    average = totals(trainer.ema.state_dict())
     trainer.close()
-    return before, after, step
+    return before, after, step, average
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_weights_are_those_of_the_folder(degrees, folder, tmp_path):
     layout = [f"--parallelism.{KEYS[key]}={degree}" for key, degree in degrees.items()]
     options = (f"--diffusers.start={path}", "--diffusers.new_expert_from=noto", *layout)
     world = 2 if degrees else 1
-    for before, after, step in run_ranks(
+    for before, after, step, average in run_ranks(
         train, world, 1, f"--job.dump_folder={tmp_path}", *options, init=False, timeout=200
     ):
         assert step == 1
@@ -62,14 +67,17 @@ def test_weights_are_those_of_the_folder(degrees, folder, tmp_path):
             assert value == pytest.approx(expected[source], rel=1e-9), name
             is_frozen = name.startswith("experts.noto")
             assert (after[name] == value) == is_frozen, name
+            # It begins with the folder's weights, and ema.decay is a half.
+            between = pytest.approx((value + after[name]) / 2, rel=1e-5, abs=1e-4)
+            assert average[name] == between, name
 
 
 def test_a_resumed_run_goes_on_with_its_own_weights(folder, tmp_path):
     options = (f"--job.dump_folder={tmp_path}", f"--diffusers.start={folder[0]}")
-    ((_, first, _),) = run_ranks(train, 1, 1, *options, init=False, timeout=200)
-    ((_, second, step),) = run_ranks(train, 1, 2, *options, init=False, timeout=200)
+    ((_, first, _, _),) = run_ranks(train, 1, 1, *options, init=False, timeout=200)
+    ((_, second, step, average),) = run_ranks(train, 1, 2, *options, init=False, timeout=200)
     assert step == 2 and second != first
-    ((_, again, _),) = run_ranks(
+    ((_, again, _, whole),) = run_ranks(
         train, 1, 2, f"--job.dump_folder={tmp_path}/whole", *options[1:], init=False, timeout=200
     )
-    assert second == again
+    assert second == again and average == whole

@@ -15,10 +15,12 @@ from torchtitan_mixtures import checkpoint_config, expert_files
 from torchtitan_mixtures import expert_folder_edits as edits
 from torchtitan_mixtures.checkpoint_loading import load_model
 from torchtitan_mixtures.checks import check_job
+from torchtitan_mixtures.evaluation.denoising import level_losses
 from torchtitan_mixtures.expert_folder import read_mixture, start_from
 from torchtitan_mixtures.models.mixdiff import MixtureOfDiffusers
 
 NAMES = ("noto", "noto_v1", "fluent")
+SPLIT = "unseen_concept"
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,18 @@ def run(tmp_path_factory):
     return folder, save_tiny_mixdiff(folder)
 
 
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The folder of experts that is made of the run."""
+    folder = tmp_path_factory.mktemp("exported") / "experts"
+    edits.export(str(run[0]), folder)
+    return folder
+
+
 @pytest.fixture
-def folder(run, tmp_path):
-    """A folder of experts of the run, to be changed."""
-    edits.export(str(run[0]), tmp_path / "experts")
-    return tmp_path / "experts"
+def folder(exported, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(exported, tmp_path / "experts")
 
 
 @pytest.fixture
@@ -81,10 +90,27 @@ def test_an_expert_is_an_ordinary_model_of_its_family(run, folder):
 def test_an_added_expert_changes_nothing_until_the_router_knows_it(run, folder, expert):
     mixture = edits.add(folder, edits.read_source("sketch", expert))
     assert mixture.names == (*NAMES, "sketch") and mixture.unrouted == ("sketch",)
-    output, expected = predict(load_model(folder).model), predict(run[1])
+    model = load_model(folder).model
+    output, expected = predict(model), predict(run[1])
     assert not output.gates[:, 3].any()
+    # A product with a matrix of four rows may round differently from one with three.
     torch.testing.assert_close(output.gates[:, :3], expected.gates)
     torch.testing.assert_close(output.prediction, expected.prediction)
+    latents, times, labels = batch()
+    gates = torch.nn.functional.pad(expected.gates, (0, 1))
+    with torch.no_grad():
+        same = model(latents, times, class_labels=labels, gates=gates).prediction
+    assert torch.equal(same, expected.prediction)
+
+
+def test_copies_of_a_folder_know_what_the_router_has_not_learned(folder, expert, tmp_path):
+    edits.add(folder, edits.read_source("sketch", expert))
+    assert edits.export(str(folder), tmp_path / "copy").unrouted == ("sketch",)
+    names = ("sketch", *NAMES)
+    sources = [edits.read_source(name, folder / "experts" / name) for name in names]
+    joined = edits.assemble(tmp_path / "joined", sources, str(folder))
+    assert joined.names == names and joined.unrouted == ("sketch",)
+    assert not predict(load_model(tmp_path / "joined").model).gates[:, 0].any()
 
 
 def test_a_removed_expert_is_as_one_that_is_never_likely(run, folder):
@@ -100,6 +126,8 @@ def test_a_removed_expert_is_as_one_that_is_never_likely(run, folder):
         expected = model(latents, times, labels, gates=gates).prediction
     torch.testing.assert_close(predict(load_model(folder).model).prediction, expected)
     assert edits.remove(folder, "fluent").model_args.top_k == 1
+    alone = load_model(folder / "experts" / "noto")
+    assert torch.equal(level_losses(load_model(folder), SPLIT, 1), level_losses(alone, SPLIT, 1))
     with pytest.raises(ValueError, match="--name noto: is the only expert"):
         edits.remove(folder, "noto")
 
@@ -139,11 +167,50 @@ def test_experts_of_other_jobs_are_put_together(run, folder, tmp_path):
     assert torch.equal(
         model.experts["noto"].x_embedder.weight, run[1].experts["noto"].x_embedder.weight
     )
+    # Scored is what it predicts, as a run of the same weights is, though the router's run had none.
+    assert torch.equal(
+        level_losses(load_model(tmp_path / "a"), SPLIT, 1),
+        level_losses(load_model(folder), SPLIT, 1),
+    )
     edits.assemble(tmp_path / "b", sources, None)
+    mixture = read_mixture(tmp_path / "b")
+    assert mixture.unrouted == mixture.names
+    model, fresh = make_started(tmp_path / "b")
+    for name, tensor in model.state_dict().items():
+        wanted = fresh[name] if name.startswith("router.") else run[1].state_dict()[name]
+        assert torch.equal(tensor, wanted), name
     gates = predict(load_model(tmp_path / "b").model).gates
     assert torch.equal(gates[gates > 0], torch.full((10,), 0.5))
     with pytest.raises(ValueError, match=r"it tells the experts noto, .* name the same"):
         edits.assemble(tmp_path / "c", sources[:2], str(router))
+
+
+@pytest.mark.parametrize(
+    ("domains", "expected"),
+    [((["fluent"], ["noto"]), ["fluent", "noto"]), ((["fluent"], []), [])],
+)
+def test_a_mixture_of_experts_of_domains_is_of_all_their_domains(
+    domains, expected, folder, tmp_path
+):
+    sources = [edits.read_source(name, folder / "experts" / name) for name in ("fluent", "noto")]
+    for source, own in zip(sources, domains, strict=True):
+        source.job_config.multimodal.train_domains = own
+    found = edits.assemble(tmp_path / "out", sources, None).job_config.multimodal.train_domains
+    assert found == expected
+    assert sources[0].job_config.multimodal.train_domains == ["fluent"]
+
+
+def test_experts_that_are_told_prompts_come_back_as_they_were(folder, tmp_path):
+    model = save_tiny_mixdiff(tmp_path / "run", flavor="debugmodel_mmdit")
+    edits.export(str(tmp_path / "run"), tmp_path / "prompted")
+    found = load_model(tmp_path / "prompted").model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    paths = {name: tmp_path / "prompted" / "experts" / name for name in NAMES[:2]}
+    sources = [edits.read_source(f"drawn_{name}", path) for name, path in paths.items()]
+    made = edits.assemble(tmp_path / "made", sources, None)
+    assert made.model_args.prompts == model.model_args.prompts
+    with pytest.raises(ValueError, match="what they are told is 'prompts' and 'classes'"):
+        edits.add(folder, sources[0])
 
 
 # --- runs that begin with a folder ----------------------------------------------------------------
@@ -276,12 +343,27 @@ def test_broken_and_foreign_weights_are_named(folder, path):
         read_mixture(folder)
 
 
-def test_rows_of_nobody_are_refused(folder):
+@pytest.mark.parametrize(
+    "rows",
+    [None, "", "3", "null", '"abc"', '{"noto": 0, "noto_v1": 1, "fluent": 2}', '["noto"]',
+     "[0, 1, 2]", '["noto", "noto", "fluent"]'],
+)  # fmt: skip
+def test_rows_of_nobody_are_refused(rows, folder):
     path = folder / "router" / "model.safetensors"
-    save_file(load_file(path), path.with_suffix(".x"))
-    path.with_suffix(".x").replace(path)
+    save_file(load_file(path), path, None if rows is None else {"experts": rows})
     with pytest.raises(ValueError, match="does not say which experts its rows are of"):
-        load_model(folder)
+        read_mixture(folder)
+
+
+def test_rows_that_are_missing_are_named(folder):
+    path = folder / "router" / "model.safetensors"
+    tensors, rows = load_file(path), {"experts": json.dumps(NAMES)}
+    save_file(tensors | {"head.bias": tensors["head.bias"][:2].clone()}, path, rows)
+    with pytest.raises(ValueError, match="does not say which experts its rows are of"):
+        read_mixture(folder)
+    save_file(tensors, path, {"experts": '["noto", "else", "fluent"]'})
+    with pytest.raises(ValueError, match=r'has no row for noto_v1; .* name them in "unrouted"'):
+        read_mixture(folder)
 
 
 def test_names_that_leave_the_folder_are_refused(folder):
@@ -338,6 +420,22 @@ def test_a_kill_while_an_expert_is_added_leaves_the_folder_as_it_was(
         edits.add(folder, edits.read_source("sketch", expert))
     assert read_mixture(folder).names == NAMES
     assert torch.equal(predict(load_model(folder).model).prediction, predict(run[1]).prediction)
+
+
+def test_a_kill_while_an_expert_is_removed_leaves_no_row_to_its_namesake(
+    folder, expert, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_files, "write_router", fail)
+        with pytest.raises(KeyboardInterrupt):
+            edits.remove(folder, "noto")
+    assert read_mixture(folder).names == ("noto_v1", "fluent")
+    mixture = edits.add(folder, edits.read_source("noto", expert))
+    assert mixture.unrouted == ("noto",)
+    assert not predict(load_model(folder).model).gates[:, 2].any()
 
 
 def test_a_folder_is_no_checkpoint_to_begin_with(folder):
