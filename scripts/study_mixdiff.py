@@ -26,13 +26,14 @@ Protocol, fixed before the final runs:
 - Measured of the average of the parameters (decay 0.99) after the last step:
   1. Denoising loss by domain, mean over 8 levels of noise, on all images of `unseen_concept`
      (emoji that no model has seen, and scenes of them) and `unseen_style`.
-  2. How often the router's likeliest expert is that of the domain, over all levels and at each.
+  2. How often the router's likeliest expert is that of the domain, over all levels and at each;
+     the entropy of its probabilities, and the weights of the experts by domain.
   3. Frechet distance over the features of emoji-cnn (`evaluation/quality.py`) of 300 images, drawn
      of the classes of 300 training drawings that are kept out of the reference; and how often
      emoji-cnn sees the style that was asked for. 50 DDPM steps, guidance 1, equal noise for all.
   4. Forgetting: loss of the old domains after phase 2 minus before.
 - Reported: mean and standard deviation over seeds, and differences to `dit` of equal seeds with a
-  paired bootstrap interval over seeds and images. Whichever way they come out.
+  paired bootstrap interval over seeds and emoji. Whichever way they come out.
 
 All of it takes less than two hours on two quiet cores, can be stopped at any moment, and goes on
 with the same command.
@@ -237,7 +238,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write report.json, report.md and mixture.png of what is done, and print the tables."""
+    """Write report.json, report.md and pictures of what is done, and print the tables."""
     print(mixdiff_report.write_report(options.out))
 
 

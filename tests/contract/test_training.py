@@ -133,7 +133,9 @@ def test_a_run_that_diverges_stops_and_keeps_its_sound_checkpoint(family, tmp_pa
         assert checkpoint_config.read(step)["weights_only"] is False
 
 
-@pytest.mark.parametrize("option", ["full", "selective", "op"])
+@pytest.mark.parametrize(
+    "option", ["full", pytest.param("selective", marks=pytest.mark.slow), "op"]
+)
 def test_activation_checkpointing_changes_nothing(option, tmp_path):
     mode = {"full": ["--activation_checkpoint.mode=full"],
             "selective": ["--activation_checkpoint.mode=selective"],

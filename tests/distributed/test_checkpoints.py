@@ -36,8 +36,9 @@ LAYOUTS = {
     "DDP2": {"dp_replicate": 2},
 }
 MATRIX = [
-    ("FSDP4", "TP2xFSDP2"), ("TP2xFSDP2", "HSDP2x2"), ("FSDP2", "1 rank"), ("1 rank", "FSDP4"),
+    ("TP2xFSDP2", "HSDP2x2"), ("FSDP2", "1 rank"), ("1 rank", "FSDP4"),
     ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"), ("PP2", "CP2"),
+    pytest.param("FSDP4", "TP2xFSDP2", marks=pytest.mark.slow),
     *(pytest.param("CP2", layout, marks=pytest.mark.slow) for layout in ("TP2", "DDP2")),
 ]  # fmt: skip
 

@@ -22,11 +22,13 @@ PARITY = {
     "DDP2": list(VARIANTS),
     "TP2": list(VARIANTS),
     "CP2": WHOLE,
-    "HSDP2x2": MAIN_VARIANTS,
-    "FSDP2xTP2": MAIN_VARIANTS,
+    "HSDP2x2": ["decentralised"],
+    "FSDP2xTP2": ["joint", "prompts"],
 }
 MORE_PARITY = {
     "FSDP4": MAIN_VARIANTS,
+    "HSDP2x2": MAIN_VARIANTS,
+    "FSDP2xTP2": MAIN_VARIANTS,
     "FSDP2xCP2": MAIN_VARIANTS,
     "TP2xCP2": MAIN_VARIANTS,
     "FSDP2xTP2xCP2": MAIN_VARIANTS,

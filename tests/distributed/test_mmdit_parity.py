@@ -36,7 +36,7 @@ PARITY = {
     "HSDP2x2": ["3 modalities"],
     "DDP2": ["tokens", "embeddings", "everything"],
     "TP2": list(VARIANTS),
-    "TP4": ["odd", "odd, single stream", "odd, everything"],
+    "TP4": ["odd, everything"],
     "CP2": EVEN,
     "CP4": ["tokens", "everything"],
     "FSDP2xTP2": ["embeddings", "odd, everything"],

@@ -42,7 +42,10 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [
+    "mot", "mixdiff", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+                        if name not in ("mot", "mixdiff")),
+])  # fmt: skip
 def test_torchrun_trains_on_two_processes_and_writes_metrics(family, tmp_path):
     config = str(TRAIN_CONFIGS / family / "debugmodel.toml")
     output = run(

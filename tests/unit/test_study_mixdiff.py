@@ -15,9 +15,15 @@ from tests.checkpoints import save_tiny_mixdiff
 from tests.jobs import ROOT, load_job
 from torchtitan_mixtures.checkpoint_loading import load_model
 from torchtitan_mixtures.checks import check_job
+from torchtitan_mixtures.data.domain_file import write_domain_file
 from torchtitan_mixtures.data.domains import open_domains
 from torchtitan_mixtures.data.image_data import image_spec, open_images
-from torchtitan_mixtures.studies import mixdiff_data, mixdiff_measures, mixdiff_report
+from torchtitan_mixtures.studies import (
+    mixdiff_data,
+    mixdiff_measures,
+    mixdiff_report,
+    mixdiff_results,
+)
 
 STYLES = ("noto", "noto_v1", "fluent")
 
@@ -58,6 +64,9 @@ def test_data_are_all_drawings_and_scenes_with_their_domains(study, data):
         for index in range(0, len(images), 97):
             name = names[images.read(index).label]
             assert name.split("-")[0] == domains.names[domains.labels[index]]
+        emoji = mixdiff_data.list_emoji(data / "data", split)
+        keys = [images.relative_key(index) for index in range(len(images))]
+        assert emoji == [key.split("/")[1].removesuffix(".png") for key in keys]
 
 
 def test_trainings_of_the_first_phase_are_jobs_that_pass_all_checks(study, data):
@@ -109,6 +118,11 @@ def test_experts_of_the_true_domain_and_the_router_are_scored(tmp_path):
     oracle = mixdiff_measures.score(loaded, "unseen_style", True, 1)
     assert scores["losses"].shape == scores["right"].shape == (64, 8)
     assert set(scores["domains"].tolist()) == {0, 1, 2}
+    assert scores["weights"].shape == (64, 8, 3)
+    assert scores["weights"].sum(2) == pytest.approx(1) and (scores["weights"] > 0).sum() == 2 * 512
+    true = np.eye(3)[scores["domains"]]
+    assert (oracle["weights"] == true[:, None]).all()
+    assert (scores["entropy"] > 0).all() and (scores["entropy"] < 1).all()
     assert (scores["images"] == oracle["images"]).all()
     assert (scores["right"] == oracle["right"]).all()
     assert not np.allclose(scores["losses"], oracle["losses"])
@@ -122,6 +136,25 @@ def test_experts_of_the_true_domain_and_the_router_are_scored(tmp_path):
     assert model.model_args.names == STYLES
 
 
+def test_a_router_that_learned_no_domains_is_not_said_to_be_right(tmp_path):
+    save_tiny_mixdiff(tmp_path, "--diffusers.training=joint")
+    scores = mixdiff_measures.score(load_model(tmp_path), "unseen_style", False, 1)
+    assert "right" not in scores and scores["weights"].shape == (64, 8, 3)
+
+
+def test_entropy_is_relative_and_weights_are_summed_up_by_domain():
+    logits = torch.tensor([[0.0, 0.0], [np.log(3), 0.0]])
+    expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
+    assert mixdiff_measures._entropy(logits).tolist() == pytest.approx([1, expected])
+    weights = np.array([[[1, 0, 0], [0.5, 0.5, 0]], [[0, 0, 1], [0, 0, 1]], [[0, 1, 0]] * 2])
+    scores = {"domains": np.array([0, 2, 2]), "losses": np.ones((3, 2)), "weights": weights}
+    summary = mixdiff_measures._summary({**scores, "entropy": np.array([[0.5, 0.3]] * 3)})
+    assert summary["entropy"] == pytest.approx(0.4)
+    assert summary["load"] == pytest.approx([0.25, 0.25 / 3 + 1 / 3, 1 / 3])
+    assert summary["domains"]["noto"]["weights"] == pytest.approx([0.75, 0.25, 0])
+    assert summary["domains"]["fluent"]["weights"] == pytest.approx([0, 0.5, 0.5])
+
+
 def write_made_up(out, name, seed, losses, right=None, frechet=None):
     """Results of a training whose losses by domain are given, of two images each."""
     asks = {}
@@ -132,11 +165,18 @@ def write_made_up(out, name, seed, losses, right=None, frechet=None):
         scores = {"images": np.arange(len(domains)), "domains": domains, "losses": values}
         if right is not None:
             scores["right"] = np.full(values.shape, right)
+            scores["entropy"] = np.full(values.shape, 0.25)
+            scores["weights"] = np.broadcast_to([0.7, 0.2, 0.1], (*values.shape, 3))
         summary = mixdiff_measures._summary(scores)
-        asks[ask] = {"macs_per_image": 10, "splits": {s: summary for s in mixdiff_measures.SPLITS}}
+        macs = {"top 2": 20, "top 3": 30}.get(ask, 10)
+        asks[ask] = {
+            "macs_per_image": macs,
+            "splits": {s: summary for s in mixdiff_measures.SPLITS},
+        }
         if frechet is not None and ask in mixdiff_measures.DRAWN.get(name, ()):
             asks[ask] |= {"frechet": frechet, "style": 0.5}
             arrays[f"{ask}/pictures"] = np.full((12, 32, 32, 3), 200, np.uint8)
+            arrays[f"{ask}/styles"] = np.arange(12) % 3
         for split in mixdiff_measures.SPLITS:
             arrays |= {f"{ask}/{split}/{key}": value for key, value in scores.items()}
     (out / "results").mkdir(exist_ok=True)
@@ -148,18 +188,26 @@ def write_made_up(out, name, seed, losses, right=None, frechet=None):
 @pytest.fixture
 def finished(tmp_path):
     """Two seeds of made-up numbers: the mixture is better than the DiT by 0.1 and 0.2."""
+    keys = {f"{name}/{n}.png": d for d, name in enumerate(mixdiff_data.NAMES) for n in (1, 2)}
+    (tmp_path / "data").mkdir()
+    splits = dict.fromkeys(mixdiff_measures.SPLITS, keys)
+    write_domain_file(tmp_path / "data/domains.json", mixdiff_data.NAMES, splits)
+    (tmp_path / "protocol.json").write_text(json.dumps({"steps": 500, "batch_size": 1000}))
     for seed in (0, 1):
         write_made_up(tmp_path, "dit", seed, [1, 2, 3, 9], frechet=4.0)
         gain = 0.1 + 0.1 * seed
         mixed = [1 - gain, 2 - gain, 3 - gain]
         write_made_up(tmp_path, "decentralised", seed, mixed, right=0.75, frechet=3.0)
         write_made_up(tmp_path, "decentralised, replay", seed, [*mixed, 5])
-        write_made_up(tmp_path, "dit, scenes alone", seed, [2, 3, 4, 4])
+        write_made_up(tmp_path, "dit, scenes alone", seed, [2, 3.5, 3.5, 4])
     rows = {"kept out": {"frechet": 1.0, "images": 12}}
     (tmp_path / "references.json").write_text(
         json.dumps({"rows": rows, "accuracy": {"style": 0.9}})
     )
-    np.save(tmp_path / "references.npy", np.zeros((12, 32, 32, 3), np.uint8))
+    shades = np.arange(0, 240, 20, np.uint8)
+    np.save(
+        tmp_path / "references.npy", np.broadcast_to(shades[:, None, None, None], (12, 32, 32, 3))
+    )
     return tmp_path
 
 
@@ -170,21 +218,47 @@ def rows_of(text, label):
 
 def test_the_report_has_means_differences_and_forgetting(finished):
     text = mixdiff_report.write_report(finished)
-    losses, gaps, images = rows_of(text, "decentralised, top 1")
-    assert losses[1:4] == ["5.00", "1.00", "2"]
-    assert losses[4:8] == ["0.8500 +- 0.0707", "1.8500 +- 0.0707", "2.8500 +- 0.0707", losses[8]]
-    assert rows_of(text, "dit")[0][7] == "2.0000 +- 0.0000"  # without scenes
+    losses, gaps, router, images = rows_of(text, "decentralised, top 1")
+    assert losses[1:5] == ["5.00", "1.00", "1.00", "2"]
+    assert losses[5:9] == ["0.8500 +- 0.0707", "1.8500 +- 0.0707", "2.8500 +- 0.0707", losses[9]]
+    assert rows_of(text, "decentralised, top 2")[0][2:4] == ["2.00", "1.00"]
+    assert "of `dit` (0.0 M and 0.0 T):" in text
+    assert rows_of(text, "dit")[0][8] == "2.0000 +- 0.0000"  # without scenes
+    assert router[1:4] == ["0.2500 +- 0.0000", "10.0", "70.0"]
+    assert router[4:] == ["70 20 10"] * 3 + ["-"]
     assert gaps[1].startswith("-0.1500 +- 0.0707 [-0.2000, -0.1000]")
     assert images[1:] == ["3.0000 +- 0.0000", "50.0"]
     assert rows_of(text, "class, image and time")[0][2] == "75.0"
     (forgot,) = rows_of(text, "dit, scenes alone")
-    assert forgot[1:] == ["2.0000", "3.0000", "+1.0000 +- 0.0000", "4.0000 +- 0.0000"]
+    assert forgot[1:3] == ["2.0000 +- 0.0000", "3.0000 +- 0.0000"]
+    assert forgot[3] == "+1.0000 +- 0.0000 [+1.0000, +1.0000]"
+    assert forgot[4:] == ["+1.0000", "+1.5000", "+0.5000", "4.0000 +- 0.0000"]
     (kept,) = rows_of(text, "decentralised, replay, top 1")
-    assert kept[3] == "+0.0000 +- 0.0000" and kept[4].startswith("5.0000")
+    assert kept[3].startswith("+0.0000 +- 0.0000") and kept[7].startswith("5.0000")
     report = json.loads((finished / "report.json").read_text())
     gap = report["differences to dit"]["decentralised, top 1"]["unseen_concept"]
     assert gap["mean"] == pytest.approx(-0.15) and gap["interval_95"] == pytest.approx([-0.2, -0.1])
-    assert Image.open(finished / "mixture.png").height > 3 * 96
+    forgot = report["forgetting"]["dit, scenes alone"]["unseen_style"]
+    assert forgot["noto_v1"]["mean"] == 1.5 and forgot["all"]["values"] == {"0": 1, "1": 1}
+    assert Image.open(finished / "router.png").width == 800
+    sheet = np.asarray(Image.open(finished / "mixture.png"))
+    assert sheet.shape[0] > 4 * 96
+    shades = [int(sheet[50, 180 + 100 * column + 50, 0]) for column in range(12)]
+    order = [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]  # by style
+    assert shades == [20 * number for number in order]
+
+
+def test_drawings_of_one_emoji_count_for_less_than_of_as_many(finished):
+    found = mixdiff_results.Results(finished)
+    pair = ("dit, scenes alone", ""), ("dit", "")
+    gap = found.gap(*pair, "unseen_concept")
+    # Each emoji has a drawing of all styles: resampled alike, all means were 1.
+    drawings = {f"{name}/{d}{n}.png": d for d, name in enumerate(mixdiff_data.NAMES) for n in "12"}
+    splits = dict.fromkeys(mixdiff_measures.SPLITS, drawings)
+    write_domain_file(finished / "data/domains.json", mixdiff_data.NAMES, splits)
+    own = found.gap(*pair, "unseen_concept")
+    assert gap.summary == own.summary and gap.summary.mean == pytest.approx(1)
+    assert gap.interval == pytest.approx((1, 1)) and own.interval[0] < 0.9 < 1.1 < own.interval[1]
 
 
 def test_a_report_of_nothing_is_refused(study, tmp_path, capsys):

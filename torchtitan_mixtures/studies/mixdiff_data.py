@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from torchtitan_mixtures.data.domain_file import write_domain_file
+from torchtitan_mixtures.data.domain_file import read_domain_file, write_domain_file
 from torchtitan_mixtures.data.emoji import SPLITS, STYLES, EmojiCorpus
 
 FOLDER = "data"
@@ -50,6 +50,18 @@ def write_data(folder: Path) -> None:
             _write(folder / split / key, corpus.compose_scene(rng, split, SIZE).image)
             entries[key] = NAMES.index(SCENE)
     write_domain_file(folder / DOMAINS, list(NAMES), domains)
+
+
+def list_emoji(folder: Path, split: str) -> list[str]:
+    """Say of each image of a split which emoji it shows (of a scene: its number), in their order.
+
+    Args:
+        folder: What `write_data` wrote.
+        split: One of its splits.
+    """
+    keys = read_domain_file(str(folder / DOMAINS)).splits[split]
+    # By class and then by name, as a folder of images is read.
+    return [Path(key).stem for key in sorted(keys, key=lambda key: key.split("/"))]
 
 
 def _write(path: Path, pixels: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,9 @@ REFERENCES = "references"
 """Name of the files about pictures that no model drew."""
 
 SPLITS = ("unseen_concept", "unseen_style")
+MEASURES = ("losses", "weights", "entropy", "right")
+"""What there is of an image at each level of noise."""
+
 ORACLE = "true domain"
 PLAIN = ""
 """How a model without a router is asked."""
@@ -45,7 +49,7 @@ ASKED: Mapping[str, tuple[str, ...]] = {
     "joint": ("top 2",),
     "decentralised, replay": ("top 1", "top 2"),
 }
-"""How the mixtures of a training are asked."""
+"""How the mixtures of a training are asked, at first as an image is in training."""
 
 DRAWN: Mapping[str, tuple[str, ...]] = {
     "dit": (PLAIN,),
@@ -112,9 +116,10 @@ def measure_run(
             found["splits"][split] = _summary(scores)
             arrays |= {f"{ask}/{split}/{key}": value for key, value in scores.items()}
         if num_images and ask in DRAWN.get(name, ()):
-            pictures, numbers = _draw(out, loaded, num_images, sampling_steps)
+            pictures, styles, numbers = _draw(out, loaded, num_images, sampling_steps)
             found |= numbers
             arrays[f"{ask}/pictures"] = pictures
+            arrays[f"{ask}/styles"] = styles
     with (results / f"{name}-{seed}.npz").open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     write_json(results / f"{name}-{seed}.json", content)
@@ -142,8 +147,9 @@ def score(
 
     Returns:
         `images` and `domains`, `(images,)`: numbers in the split and in `NAMES`; `losses`,
-        `(images, levels)` float64, of a router alone its cross-entropy; and of mixtures whether the
-        router is `right`, `(images, levels)`.
+        `(images, levels)` float64, of a router alone its cross-entropy. Of mixtures the `weights`
+        of experts, `(images, levels, experts)`; the `entropy` of the router's probabilities, 1 if
+        they are even, `(images, levels)`; and, if experts have domains, whether it is `right`.
     """
     config = loaded.job_config
     data = dataclasses.replace(config.multimodal, domain_shares={})
@@ -155,11 +161,12 @@ def score(
     loss_fn, dims = build_denoising_loss(config), ParallelDims(**ONE_PROCESS)
     names = data.train_domains or NAMES
     numbers = torch.tensor([NAMES.index(name) for name in NAMES if name in names])
-    rows: dict[str, list[torch.Tensor]] = {"images": [], "domains": [], "losses": [], "right": []}
+    has_domains = config.diffusers.training != "joint"
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("images", "domains", *MEASURES)}
     for batch, labels in build_image_validation_dataloader(1, 0, config, split):
         is_image = (labels == 0).all(1)
         domains, encoded = batch["domain_labels"], loss_fn.encode(batch)
-        levels: dict[str, list[torch.Tensor]] = {"losses": [], "right": []}
+        levels: dict[str, list[torch.Tensor]] = {name: [] for name in MEASURES}
         for level in range(config.objective.validation_levels):
             inputs, targets, extra, _ = loss_fn.prepare(
                 loaded.model, None, encoded, labels, dims, config, level=level
@@ -169,13 +176,21 @@ def score(
             output = loaded.model(inputs, **extra)
             levels["losses"].append(loss_fn.score(output, targets).double().mean(1))
             if output.router_logits is not None:
-                levels["right"].append(output.router_logits.argmax(1) == domains)
+                levels["weights"].append(output.gates)
+                levels["entropy"].append(_entropy(output.router_logits))
+                if has_domains:
+                    levels["right"].append(output.router_logits.argmax(1) == domains)
         rows["images"].append(batch["sample_index"][is_image])
         rows["domains"].append(numbers[domains[is_image]])
         for key, values in levels.items():
             if values:
                 rows[key].append(torch.stack(values, 1)[is_image])
     return {key: torch.cat(values).numpy() for key, values in rows.items() if values}
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of a router's probabilities to that of even ones, `(batch,)`."""
+    return torch.special.entr(logits.double().softmax(1)).sum(1) / math.log(logits.shape[1])
 
 
 def _summary(scores: dict[str, NDArray[Any]]) -> dict[str, Any]:
@@ -188,6 +203,11 @@ def _summary(scores: dict[str, NDArray[Any]]) -> dict[str, Any]:
         own = domains == number
         if own.any():
             found["domains"][name] = {"loss": float(losses[own].mean()), "images": int(own.sum())}
+            if "weights" in scores:
+                found["domains"][name]["weights"] = scores["weights"][own].mean((0, 1)).tolist()
+    if "weights" in scores:
+        found["entropy"] = float(scores["entropy"].mean())
+        found["load"] = scores["weights"].mean((0, 1)).tolist()
     if "right" in scores:
         found["right"] = float(scores["right"].mean())
         found["right by level"] = scores["right"].mean(0).tolist()
@@ -196,11 +216,12 @@ def _summary(scores: dict[str, NDArray[Any]]) -> dict[str, Any]:
 
 def _draw(
     out: Path, loaded: LoadedModel, num_images: int, num_steps: int
-) -> tuple[quality.Pictures, dict[str, float]]:
+) -> tuple[quality.Pictures, NDArray[np.int64], dict[str, float]]:
     """Draw images by DDPM steps without guidance, of the classes of drawings that were kept out.
 
     Returns:
-        The images; their Frechet distance, and how often emoji-cnn sees the style asked for.
+        The images; the styles that were asked for, `(images,)`; the images' Frechet distance, and
+        how often emoji-cnn sees the style and the group that were asked for.
     """
     classifier = quality.load_or_train(out / "classifier")
     reference = quality.make_reference(classifier, num_images)
@@ -217,4 +238,5 @@ def _draw(
     distance = quality.frechet_distance(
         quality.features_of(classifier, pictures), reference.features
     )
-    return pictures, {"frechet": distance, "style": told["style"], "group": told["group"]}
+    numbers = {"frechet": distance, "style": told["style"], "group": told["group"]}
+    return pictures, asked.styles.numpy(), numbers

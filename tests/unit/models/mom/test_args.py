@@ -45,6 +45,7 @@ OTHERS = {
     "DiT-XL/8": 675_683_072,
     "debugmodel": 3_674_720,
     "debugmodel_dit": 1_298_016,
+    "debugmodel_dit_224": 3_884_256,
     "debugmodel_matched": 1_832_544,
 }
 GIGA_MACS = {  # DiT; 2 token mixers, one of each, 2 channel mixers
