@@ -160,7 +160,7 @@ PARAMETERS = {
     "mmdit/d24_dit": 1_039_248_448,
     "mixdiff/debugmodel": 4_059_043,
     "mixdiff/debugmodel_mmdit": 9_221_843,
-    "mixdiff/S/4x4": 133_055_620,
+    "mixdiff/S/4x4": 133_080_196,
     "mixdiff/S/2x8": 265_878_984,
     "mixdiff/B/2x8": 1_059_145_608,
     "mixdiff/XL/2x8": 5_527_831_560,

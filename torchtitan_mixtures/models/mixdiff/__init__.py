@@ -42,8 +42,8 @@ mixdiff_args = Flavors(
             in_channels=3,
             learned_variance=False,
         ),
-        # The router has two to five per cent of the multiply-adds of one expert.
-        "S/4x4": MixDiffModelArgs(experts=("mom/DiT-S/4",) * 4),
+        # The router has one to five per cent of the multiply-adds of one expert.
+        "S/4x4": MixDiffModelArgs(experts=("mom/DiT-S/4",) * 4, router_patch_size=8),
         "S/2x8": MixDiffModelArgs(experts=("mom/DiT-S/2",) * 8, router_dim=192),
         "B/2x8": MixDiffModelArgs(
             experts=("mom/DiT-B/2",) * 8, router_dim=384, router_layers=6, router_heads=6
