@@ -166,6 +166,13 @@ def _checkpoint_to_load(job_config: JobConfig) -> Path | None:
     return None
 
 
+def has_own_checkpoint(job_config: JobConfig) -> bool:
+    """Say whether a job goes on with a checkpoint of its own."""
+    config = job_config.checkpoint
+    folder = Path(job_config.job.dump_folder) / config.folder
+    return config.enable and latest_checkpoint(folder) is not None
+
+
 def check_resume(job_config: MixtureJobConfig, model_args: BaseModelArgs) -> None:
     """Refuse a job that would load the checkpoint of another model.
 

@@ -81,6 +81,11 @@ def find_checkpoint(folder: str | Path) -> Path:
         latest = checkpoint_config.latest_checkpoint(candidate)
         if latest is not None:
             return latest
+    if (folder / expert_files.EXPERTS).is_dir() and (folder / expert_files.CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: the router of this folder of experts is missing ({expert_files.ROUTER}/"
+            f"{expert_files.WEIGHTS}); put it back, or assemble the experts anew."
+        )
     raise ValueError(
         f"{folder} holds no complete checkpoint (a folder step-N with {checkpoint_config.METADATA} "
         "in it); train with checkpoint.enable = true, or name another folder."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchtitan_mixtures.checkpoint_config import has_own_checkpoint
 from torchtitan_mixtures.classifier_checks import refuse_keys
-from torchtitan_mixtures.data.domains import domain_names
+from torchtitan_mixtures.data.domains import check_domains, domain_names
 from torchtitan_mixtures.job_config import MixtureJobConfig, Objective
 from torchtitan_mixtures.objectives.denoising import is_mixture_of_diffusers
 
@@ -40,7 +41,7 @@ def check_diffusers(job_config: MixtureJobConfig, model_args: Any) -> None:
         _check_joint(job_config, model_args)
     else:
         _check_by_domain(job_config, model_args)
-    if job_config.diffusers.start:
+    if job_config.diffusers.start and not has_own_checkpoint(job_config):
         # Imported late: it looks up this family.
         from torchtitan_mixtures.expert_folder import check_start
 
@@ -64,6 +65,7 @@ def _check_joint(job_config: MixtureJobConfig, model_args: Any) -> None:
 
 def _check_by_domain(job_config: MixtureJobConfig, model_args: Any) -> None:
     """Check a job in which the domain of an image says whose business it is."""
+    check_domains(job_config, model_args.is_prompted)
     config, names = job_config.diffusers, domain_names(job_config)
     what = f"diffusers.training = {config.training!r}"
     if not names:
@@ -73,9 +75,9 @@ def _check_by_domain(job_config: MixtureJobConfig, model_args: Any) -> None:
         )
     if len(names) != model_args.num_experts:
         raise ValueError(
-            f"{what}: there are {model_args.num_experts} experts and {len(names)} domains "
-            f"({', '.join(names)}), and each domain needs its own; set diffusers.num_experts = "
-            f"{len(names)}."
+            f"{what}: the number of experts is {model_args.num_experts} and that of domains "
+            f"{len(names)} ({', '.join(names)}), and each needs its own; set "
+            f"diffusers.num_experts = {len(names)}."
         )
     if job_config.mixture.router_noise > 0:
         raise ValueError(

@@ -54,8 +54,7 @@ class MixtureTrainer(Trainer):
         self.processor.further_scalars = getattr(self.loss_fn, "scalars", dict)
         self.processor.picture_folder = Path(job_config.job.dump_folder)
         self.processor.measure_updates()
-        if job_config.diffusers.start:
-            # A checkpoint of the run itself is loaded later, and takes the place of this.
+        if job_config.diffusers.start and not checkpoint_config.has_own_checkpoint(job_config):
             start_from(self.model_parts[0], self.model_args, job_config.diffusers)
         self.ema = None
         if job_config.ema.decay > 0:

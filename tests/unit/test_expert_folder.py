@@ -448,3 +448,9 @@ def test_files_say_what_they_are_of(folder):
     assert (saved["family"], saved["unrouted"], saved["weights_only"]) == ("mixdiff", [], True)
     shapes = expert_files.read_shapes(folder / "experts" / "noto" / "model.safetensors")
     assert shapes == checkpoint_config.read(folder / "experts" / "noto")["parameters"]
+
+
+def test_a_router_that_is_missing_is_named(folder):
+    (folder / "router" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="the router of this folder of experts is missing"):
+        load_model(folder)

@@ -143,6 +143,11 @@ def load_painter(options: argparse.Namespace) -> Painter:
     device = choose_device()
     loaded = load_model(options.checkpoint, device, averaged=not options.no_ema)
     config, args = loaded.job_config, loaded.model_args
+    if getattr(args, "router_only", False):
+        raise ValueError(
+            f"{loaded.path}: is a router without experts; put them together with `python "
+            "scripts/experts.py assemble`."
+        )
     if config.ema.decay > 0 and not loaded.is_averaged and not options.no_ema:
         say(f"{loaded.path} has no average (ema.decay = {config.ema.decay}): drawn from weights.")
     process = build_process(config.objective, args.in_channels)

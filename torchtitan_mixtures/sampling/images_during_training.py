@@ -241,6 +241,8 @@ def build_image_sampler(
             f"the model's images have {model_args.in_channels} channels: latents, which the VAE "
             "that sampling.vae names would make pictures of"
         )
+    elif getattr(model_args, "router_only", False):
+        reason = "a router alone has no experts that could draw"
     elif is_prompted(model_args) and needs_text_encoders(job_config):
         reason = (
             "multimodal.text_embeddings has no embeddings of other texts than those of the data; "

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 
 from tests.checkpoints import save_tiny_mixdiff
+from tests.jobs import debug_job
 from tests.unit.models.mixdiff.helpers import make_model
+from torchtitan_mixtures.models.mixdiff import mixdiff_args
 from torchtitan_mixtures.objectives.ddpm import DDPM
 from torchtitan_mixtures.sampling.command import main
 from torchtitan_mixtures.sampling.conditions import class_condition
 from torchtitan_mixtures.sampling.images import ImageSettings, draw_images, make_denoiser
+from torchtitan_mixtures.sampling.images_during_training import build_image_sampler
 from torchtitan_mixtures.sampling.routing import RoutingTrace
 
 
@@ -151,3 +154,14 @@ def test_a_canvas_says_who_drew_its_regions(checkpoint, tmp_path):
     assert weights.shape == (2, 2, 3) and np.allclose(weights.sum(2), 1, atol=1e-5)
     assert not np.allclose(weights[0], weights[1])
     assert Image.open(out / "routing.png").width == 2 * 400
+
+
+def test_a_router_alone_draws_nothing_and_says_so(tmp_path, capsys):
+    save_tiny_mixdiff(tmp_path / "run", "--diffusers.training=router")
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(tmp_path / "run"), "--class-labels", "0"])
+    assert "is a router without experts" in capsys.readouterr().err
+    job = debug_job("mixdiff", "--diffusers.training=router", "--sampling.interval=2")
+    args = mixdiff_args["debugmodel"]
+    args.update_from_config(job)
+    assert build_image_sampler(job, args, None) is None
