@@ -215,6 +215,8 @@ def _read_size(value: Any) -> tuple[int, int]:
             # Of a PNG without such data, asking for it would decode the picture.
             has_data = picture.format != "PNG" or "exif" in picture.info
             turned = has_data and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception:  # whatever Pillow raises of broken files; reading it says what is wrong
+    # Of broken files Pillow raises errors of any class, see `images.py`. The shape alone is asked
+    # for here: the picture is read later, and what is wrong with it is said and counted then.
+    except Exception:
         return 1, 1
     return (width, height) if turned else (height, width)

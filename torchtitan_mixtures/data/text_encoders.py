@@ -207,7 +207,8 @@ def _load_tokenizer(files: EncoderFiles) -> Any:
                 trust_remote_code=False,
                 padding_side="right",  # some decoders have theirs on the left
             )
-    except Exception as error:  # `tokenizers` raises nothing more special
+    # `tokenizers` is compiled from Rust and raises `Exception` itself, no subclass, of broken files.
+    except Exception as error:
         raise encoder_error(
             files.tokenizer, f"has a tokenizer that cannot be loaded ({error}); copy it again"
         ) from error

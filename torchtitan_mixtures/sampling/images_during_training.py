@@ -231,7 +231,7 @@ def build_image_sampler(
 ) -> ImageSampler | None:
     """Build the sampler of a job; None if its pictures cannot be drawn, or channels not shown."""
     degree = job_config.parallelism.context_parallel_degree
-    reason = None
+    reason, remedy = None, "use scripts/sample.py on the checkpoints"
     if degree > 1:
         reason = (
             f"a rank has a part of every image with parallelism.context_parallel_degree = {degree}"
@@ -243,15 +243,13 @@ def build_image_sampler(
         )
     elif getattr(model_args, "router_only", False):
         reason = "a router alone has no experts that could draw"
+        remedy = "scripts/experts.py assemble puts them together"
     elif is_prompted(model_args) and needs_text_encoders(job_config):
         reason = (
             "multimodal.text_embeddings has no embeddings of other texts than those of the data; "
             "it takes --text-encoders"
         )
     if reason is not None:
-        logger.warning(
-            f"No samples are drawn although sampling.interval > 0: {reason}; use scripts/sample.py "
-            "on the checkpoints."
-        )
+        logger.warning(f"No samples are drawn although sampling.interval > 0: {reason}; {remedy}.")
         return None
     return ImageSampler(job_config, model_args, processor)

@@ -267,6 +267,7 @@ def test_pictures_for_a_vae_have_whole_latents_in_every_shape(folder, tmp_path):
 
 @pytest.mark.parametrize(("ranks", "num_workers"), [(1, 0), (2, 0), (2, 2)])
 def test_validation_in_buckets_has_each_image_once(folder, ranks, num_workers):
+    # Rows without workers run everywhere, so the mark would skip too much; its reason holds here.
     if num_workers and needs_fork.args[0]:
         pytest.skip(needs_fork.kwargs["reason"])
     job = wide_job(folder, local_batch_size=2, num_workers=num_workers)

@@ -63,6 +63,7 @@ class MixtureOfDiffusers(ModelProtocol):
                 args.names, args.experts, args.expert_args, strict=True
             ):
                 self.experts[name] = build_expert(expert, of_expert)
+        self._patch_sizes = [] if args.router_only else [own.patch_size for own in args.expert_args]
         self.least_rows = 1
         """Samples that every expert gets in training. Parallelism sets it."""
         self.runs_all = False
@@ -159,14 +160,11 @@ class MixtureOfDiffusers(ModelProtocol):
 
     def _to_common_patches(self, expert: int, prediction: Tensor, size: torch.Size) -> Tensor:
         """Cut an expert's prediction into the mixture's patches, if its own are others."""
-        args = self.model_args
-        if args.same_patches:
+        own, common = self._patch_sizes[expert], self._patch_sizes[0]
+        if own == common:
             return prediction
-        own = args.expert_args[expert].patch_size
-        if own == args.patch_size:
-            return prediction
-        images = unpatchify(prediction, own, args.out_channels, *size)
-        return patchify(images, args.patch_size)
+        images = unpatchify(prediction, own, self.model_args.out_channels, *size)
+        return patchify(images, common)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Initialise all weights; experts that are built alike differ.
