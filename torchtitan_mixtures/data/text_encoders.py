@@ -207,7 +207,7 @@ def _load_tokenizer(files: EncoderFiles) -> Any:
                 trust_remote_code=False,
                 padding_side="right",  # some decoders have theirs on the left
             )
-    # `tokenizers` is compiled from Rust and raises `Exception` itself, no subclass, of broken files.
+    # `tokenizers` is compiled from Rust and raises `Exception` itself of broken files, no subclass.
     except Exception as error:
         raise encoder_error(
             files.tokenizer, f"has a tokenizer that cannot be loaded ({error}); copy it again"
