@@ -105,11 +105,25 @@ def check_job(job_config: MixtureJobConfig) -> None:
     check_converters(job_config, model_args)
     check_sampling(job_config, model_args)
     checkpoint_config.check_resume(job_config, model_args)
-    setattr(job_config, CHECKED, True)
+    note_checked(job_config)
 
 
 def check_data(job_config: MixtureJobConfig) -> BaseModelArgs:
     """Check what the batches of a job depend on, whatever the processes that will train it.
+
+    Returns:
+        The flavour's arguments, complete.
+
+    Raises:
+        ValueError: Names the key, its value and what is allowed.
+    """
+    model_args = check_model(job_config)
+    _check_data(job_config, model_args)
+    return model_args
+
+
+def check_model(job_config: MixtureJobConfig) -> BaseModelArgs:
+    """Check single values and the flavour, whether or not the data is there.
 
     Returns:
         The flavour's arguments, complete.
@@ -124,9 +138,12 @@ def check_data(job_config: MixtureJobConfig) -> BaseModelArgs:
         )
     _check_types(job_config, "")
     _check_counts(job_config)
-    model_args = _model_args(job_config)
-    _check_data(job_config, model_args)
-    return model_args
+    return _model_args(job_config)
+
+
+def note_checked(job_config: JobConfig) -> None:
+    """Note on a job that it passed the checks of whoever runs it; see `require_checked`."""
+    setattr(job_config, CHECKED, True)
 
 
 def require_checked(job_config: JobConfig, what: str) -> None:
@@ -191,7 +208,18 @@ def _check_counts(job_config: MixtureJobConfig) -> None:
 
 
 def _model_args(job_config: JobConfig) -> BaseModelArgs:
-    """Look up and complete the flavour's arguments; unknown names list the known ones."""
+    """Look up and complete the flavour's arguments."""
+    model_args = check_flavor(job_config)
+    model_args.update_from_config(job_config)
+    return model_args
+
+
+def check_flavor(job_config: JobConfig) -> BaseModelArgs:
+    """Look up the flavour's arguments, which the data has yet to complete.
+
+    Raises:
+        ValueError: There is no such family or flavour; lists those there are.
+    """
     name = job_config.model.name
     if name not in FAMILIES:
         raise ValueError(
@@ -199,11 +227,9 @@ def _model_args(job_config: JobConfig) -> BaseModelArgs:
             "models are launched with -m torchtitan.train."
         )
     try:
-        model_args = get_train_spec(name).model_args[job_config.model.flavor]
+        return get_train_spec(name).model_args[job_config.model.flavor]
     except KeyError as error:
         raise ValueError(error.args[0]) from None
-    model_args.update_from_config(job_config)
-    return model_args
 
 
 def _check_data(job_config: MixtureJobConfig, model_args: Any) -> None:

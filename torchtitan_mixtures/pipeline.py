@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -54,7 +55,8 @@ class MicrobatchLoss:
     def __call__(self, pred: Tensor, rows: Tensor) -> Tensor:
         """Score logits `(rows, seq, vocab)` of the rows `rows`, int64 on the CPU."""
         assert self.targets is not None and self.divisor is not None
-        first = int(rows[0])
+        # While a model is only being estimated there are no values, and all microbatches are alike.
+        first = 0 if isinstance(rows, FakeTensor) else int(rows[0])
         targets = self.targets.slice(first, first + len(rows))
         loss, nll_sums, counts = self.loss_fn.score(pred, targets)
         # Overwrites what a rehearsal with arbitrary activations left.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.data.assumed_images import assumed_images
 from torchtitan_mixtures.data.domain_file import CLUSTER_COMMAND, KINDS, read_domain_file
 from torchtitan_mixtures.data.emoji import STYLES, EmojiCorpus
 from torchtitan_mixtures.data.image_data import image_spec
@@ -120,6 +121,8 @@ def domain_names(job_config: JobConfig) -> tuple[str, ...]:
     Raises:
         ValueError: Names the key that does not fit, its value and the remedy.
     """
+    if (assumed := assumed_images()) is not None:
+        return assumed.domains
     names, wanted = _all_names(job_config), multimodal_section(job_config).train_domains
     return tuple(name for name in names if name in wanted) if wanted else names
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.data.assumed_images import assumed_images
 from torchtitan_mixtures.data.emoji import SIZES, SPLITS
 from torchtitan_mixtures.data.image_sets import (
     ClassFolders,
@@ -58,6 +59,8 @@ def image_spec(job_config: JobConfig) -> ImageSpec:
     Raises:
         ValueError: Names the key that does not fit, its value and the remedy.
     """
+    if (assumed := assumed_images()) is not None:
+        return ImageSpec(assumed.channels, assumed.size, assumed.num_classes, ())
     config = _multimodal(job_config)
     if config.source == "emoji":
         check_emoji_images(config)

@@ -20,6 +20,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.aspect_ratios import Bucket, make_buckets
+from torchtitan_mixtures.data.assumed_images import assumed_images
 from torchtitan_mixtures.data.domains import Domains, domain_fingerprint, open_domains
 from torchtitan_mixtures.data.emoji import SPLITS
 from torchtitan_mixtures.data.emoji_source import check_emoji
@@ -85,6 +86,8 @@ def prompted_image_spec(job_config: JobConfig) -> PromptedImageSpec:
     buckets = make_buckets(
         config.aspect_ratios, config.image_size, model_flavor(job_config).patch_size
     )
+    if (assumed := assumed_images()) is not None:
+        return PromptedImageSpec(assumed.channels, assumed.size, buckets)
     if config.source == "emoji":
         _check_emoji(config)
     if config.source == "folder":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Choice(NamedTuple):
@@ -89,7 +90,7 @@ def deal_out(choice: Choice, num_experts: int, at_least: int) -> Plan:
     places = torch.empty_like(order)
     places.scatter_(0, order, torch.arange(len(order), device=device))
     numbers = torch.arange(num_experts, device=device)
-    counts = (flat[:, None] == numbers).sum(0).tolist()
+    counts = _read_counts((flat[:, None] == numbers).sum(0), len(flat))
     rows = list((order // choices).split(counts))
     missing = [max(0, at_least - count) for count in counts]
     if any(missing):
@@ -98,6 +99,14 @@ def deal_out(choice: Choice, num_experts: int, at_least: int) -> Plan:
         before = [sum(missing[:expert]) for expert in range(num_experts)]
         places = places + torch.tensor(before, device=device)[flat]
     return Plan(rows, places)
+
+
+def _read_counts(counts: Tensor, total: int) -> list[int]:
+    if isinstance(counts, FakeTensor):
+        # No values to read while a model is only being estimated: assume an even mix.
+        share, rest = divmod(total, len(counts))
+        return [share + (number < rest) for number in range(len(counts))]
+    return counts.tolist()
 
 
 def combine(outputs: Tensor, plan: Plan, gates: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""A job as the planner takes it: the command line of training, less what only the data can say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torchtitan_mixtures import layout_checks
+from torchtitan_mixtures.checks import check_data, check_flavor, check_model, note_checked
+from torchtitan_mixtures.data.assumed_images import AssumedImages, assume_images
+from torchtitan_mixtures.float8 import check_converters
+from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.planning.batches import images_to_assume
+from torchtitan_mixtures.towers import check_towers
+from torchtitan_mixtures.train import parse_job
+
+
+class PlannedJob(NamedTuple):
+    """A checked job.
+
+    Attributes:
+        config: Its configuration.
+        assumed: What its images are taken to be; None: the data is here, or is of tokens.
+    """
+
+    config: MixtureJobConfig
+    assumed: AssumedImages | None
+
+
+def parse_planned_job(arguments: Sequence[str]) -> PlannedJob:
+    """Parse and check the command line of a training, for as many ranks as `WORLD_SIZE` says.
+
+    Args:
+        arguments: `--config FILE.toml` and overrides.
+
+    Raises:
+        ValueError: As in training, for all that can be known without the data and the device.
+    """
+    assumed: list[AssumedImages | None] = []
+    config = parse_job(arguments, lambda job_config: assumed.append(_check(job_config)))
+    return PlannedJob(config, assumed[0])
+
+
+def _check(job_config: MixtureJobConfig) -> AssumedImages | None:
+    check_flavor(job_config)
+    assumed = images_to_assume(job_config)
+    with assume_images(assumed):
+        args: Any = check_data(job_config) if assumed is None else check_model(job_config)
+        layout_checks.check_layout(job_config, args)
+        check_towers(job_config, args)
+        check_converters(job_config, args)
+    if job_config.training.enable_cpu_offload:
+        raise ValueError(
+            "training.enable_cpu_offload = true: the planner does not tell the host's memory from "
+            "the device's. Plan without it, and move parameters, gradients and optimizer state to "
+            "the host yourself."
+        )
+    note_checked(job_config)
+    return assumed
