@@ -1,8 +1,8 @@
 """Published figures of devices, and of the links between them.
 
 Sources are the vendors' data sheets: NVIDIA A100 (2021), H100 (2023), H200 (2024), DGX B200 (2024),
-AMD Instinct MI300X (2023), and the user guides of DGX A100, H100 and B200 for the network, which has
-one adapter for each GPU. FLOPs are without sparsity, with which data sheets print twice as many;
+AMD Instinct MI300X (2023); for the network, which has one adapter for each GPU, the user guides of
+DGX A100, H100 and B200. FLOPs are without sparsity, with which data sheets print twice as many;
 links are in one direction, where data sheets print the sum of both.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,3 +58,20 @@ def _check(job_config: MixtureJobConfig) -> AssumedImages | None:
         )
     note_checked(job_config)
     return assumed
+
+
+def fewest_ranks(arguments: Sequence[str]) -> int:
+    """Multiply the degrees of a job's layout, those that take what is left counted as one rank.
+
+    Raises:
+        ValueError: As `parse_planned_job`, for what does not depend on the number of ranks.
+    """
+    config = parse_job(arguments, check_flavor).parallelism
+    degrees = (
+        config.data_parallel_replicate_degree,
+        config.data_parallel_shard_degree,
+        config.tensor_parallel_degree,
+        config.context_parallel_degree,
+        config.pipeline_parallel_degree,
+    )
+    return math.prod(max(degree, 1) for degree in degrees)

@@ -76,7 +76,8 @@ class Plan:
         num_parameters: Of the whole model.
         model_flops: FLOPs of a training step per token (per image of a classifier), by the
             family's own formula: what a step is for.
-        tokens: Positions of a step (images of a classifier) of all ranks.
+        samples: Sequences or images of a step, of all ranks.
+        tokens: Positions of a step (images of a classifier), of all ranks.
         microbatches: That a rank computes one after another in a step.
         flops: That this rank computes in a step, recomputed ones and padding included.
         product_bytes: In and out of matrix products and attention in a step.
@@ -86,6 +87,7 @@ class Plan:
             groups of several dimensions, over which a few numbers are summed.
         calls: Dimension -> kind of collective -> how often; none is counted of DDP.
         bubble: Share of the time in which a rank of the pipeline has nothing to do.
+        precision: Of matrix products.
         is_compiled: Whether blocks are compiled.
         assumed_images: What images were taken to be; None: the data was there.
     """
@@ -98,6 +100,7 @@ class Plan:
     memory: Memory
     num_parameters: int
     model_flops: int
+    samples: int
     tokens: int
     microbatches: int
     flops: int
@@ -107,6 +110,7 @@ class Plan:
     sent: Mapping[str, int]
     calls: Mapping[str, Mapping[str, int]]
     bubble: float
+    precision: str
     is_compiled: bool
     assumed_images: AssumedImages | None
 
@@ -143,6 +147,7 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
             memory=_memory(run, other_state),
             num_parameters=model.num_parameters,
             model_flops=model.model_flops,
+            samples=samples,
             tokens=samples * _positions(job_config, model.args),
             microbatches=rounds * _microbatches(model),
             flops=_of_all_rounds(run, "flops"),
@@ -154,9 +159,17 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
             bubble=0.0
             if model.pipeline is None
             else bubble_share(model.pipeline.schedule, dims.pp),
+            precision=_precision(job_config, dims),
             is_compiled=model.is_compiled,
             assumed_images=assumed,
         )
+
+
+def _precision(job_config: MixtureJobConfig, dims: ParallelDims) -> str:
+    """Find out what products are computed in: TorchTitan mixes with FSDP or by autocast only."""
+    mixes = dims.fsdp_enabled or not (dims.tp_enabled or dims.pp_enabled)
+    training = job_config.training
+    return training.mixed_precision_param if mixes else training.dtype
 
 
 def _samples_and_rounds(

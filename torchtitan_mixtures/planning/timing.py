@@ -48,15 +48,9 @@ class Times:
     utilization: float
 
 
-def step_times(plan: Plan, device: Device, precision: str = "bfloat16") -> Times:
-    """Say how long a planned step takes at least.
-
-    Args:
-        plan: The step.
-        device: What it runs on.
-        precision: Of its matrix products: `training.mixed_precision_param`.
-    """
-    peak = device.float32_flops if precision == "float32" else device.bfloat16_flops
+def step_times(plan: Plan, device: Device) -> Times:
+    """Say how long a planned step takes at least on a device."""
+    peak = device.float32_flops if plan.precision == "float32" else device.bfloat16_flops
     # What is compiled is fused: all but products is then read and written with them.
     unfused = 0 if plan.is_compiled else plan.other_bytes
     compute = plan.flops / peak

@@ -18,6 +18,13 @@ parallelism hold parts of the parameters too, so they are among those of `fsdp`.
 
 
 @contextmanager
+def world_size_in_environment(world_size: int) -> Iterator[None]:
+    """Let checks of a job see so many processes, as `torchrun` would tell them."""
+    with _environment({"WORLD_SIZE": str(world_size)}):
+        yield
+
+
+@contextmanager
 def fake_world(world_size: int, rank: int) -> Iterator[None]:
     """Be rank `rank` of `world_size` processes that are not there.
 
@@ -29,13 +36,21 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": "1",
     }
+    with _environment(variables):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
-        dist.destroy_process_group()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

@@ -1,0 +1,134 @@
+"""Plans a job before there are GPUs: `python scripts/estimate.py CONFIG.toml --world-size 64`.
+
+It builds the configuration's model in its layout on this machine's CPU, allocates nothing, and
+prints what a rank needs and what a step costs at least. Any key of training may follow, as in
+`--activation_checkpoint.mode full`. Leaves with code 1 if a job does not fit its device, and names
+the nearest change with which it does; with `--sweep` it looks for the fastest layout that fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+# First: it points TorchTitan at the CPU if need be, and registers the families.
+import torchtitan_mixtures  # noqa: F401  # isort: skip
+
+from torchtitan.tools.logging import logger
+
+from torchtitan_mixtures.planning.devices import DEVICES, GIB, Device, find_device
+from torchtitan_mixtures.planning.fit import RESERVE, find_remedy, fits, plan_heaviest, state_bytes
+from torchtitan_mixtures.planning.jobs import fewest_ranks
+from torchtitan_mixtures.planning.report import as_table, format_plan
+from torchtitan_mixtures.planning.step import Plan, plan_step
+from torchtitan_mixtures.planning.timing import step_times
+from torchtitan_mixtures.train import quiet_the_host
+from torchtitan_mixtures.user_errors import one_message
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: options, and the command line of training."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s CONFIG.toml [options] [--section.key value ...]",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG.toml", help="a configuration of training")
+    add("--world-size", type=int, help="number of devices (default: as many as the layout needs)")
+    add("--device", default="h100-80g", help=f"one of {', '.join(DEVICES)} (default: %(default)s)")
+    add("--rank", type=int, help="which rank (default: 0; of a pipeline the heavier end)")
+    add("--reserve", type=float, default=RESERVE / GIB, metavar="GIB",
+        help="memory left to CUDA, NCCL and the allocator (default: %(default).0f)")  # fmt: skip
+    add("--json", action="store_true", help="print numbers for programs")
+    add("--sweep", action="store_true", help="look for the fastest layout of --world-size devices")
+    add("--out", type=Path, help="with --sweep: the TOML to write")
+    options, others = parser.parse_known_args(arguments)
+    if options.world_size is not None and options.world_size < 1:
+        parser.error(f"--world-size {options.world_size}: must be 1 or more")
+    if options.sweep and options.world_size is None:
+        parser.error("--sweep: needs --world-size")
+    if options.out is not None and not options.sweep:
+        parser.error("--out: goes with --sweep")
+    if not 0 <= options.reserve < math.inf:
+        parser.error(f"--reserve {options.reserve}: must be a number of GiB, 0 or more")
+    return options, [f"--config={options.config}", *others]
+
+
+def quiet() -> None:
+    """Leave what libraries log of building a model to training: here it is built many times."""
+    quiet_the_host()
+    logger.setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def say(message: str) -> None:
+    """Tell people what is being done; numbers go to the standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def estimate(options: argparse.Namespace, arguments: Sequence[str], device: Device) -> int:
+    """Plan one layout; return the exit code."""
+    world_size = options.world_size or fewest_ranks(arguments)
+    reserve = round(options.reserve * GIB)
+    if options.rank is None:
+        plan = plan_heaviest(arguments, world_size)
+    elif 0 <= options.rank < world_size:
+        plan = plan_step(arguments, world_size, options.rank)
+    else:
+        raise ValueError(f"--rank {options.rank}: must be from 0 to {world_size - 1}.")
+    show(options, plan, device, reserve)
+    if fits(plan, device, reserve):
+        return 0
+    say(f"error: {missing(arguments, plan, device, reserve)}")
+    return 1
+
+
+def show(options: argparse.Namespace, plan: Plan, device: Device, reserve: int) -> None:
+    """Print a plan."""
+    times = step_times(plan, device)
+    if options.json:
+        print(json.dumps(as_table(plan, times, device, reserve), indent=1))
+    else:
+        print(format_plan(plan, times, device, reserve))
+
+
+def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) -> str:
+    """Say by how much a job does not fit, and with what it would."""
+    usable = device.memory - reserve
+    text = (
+        f"{plan.memory.peak / GIB:.1f} GiB of rank {plan.rank} do not fit in the "
+        f"{usable / GIB:.0f} GiB of {device.name} that are not reserved."
+    )
+    remedy = find_remedy(arguments, plan, device, reserve, say)
+    if remedy is not None:
+        ranks = "" if remedy.world_size == plan.world_size else f"--world-size {remedy.world_size} "
+        peak = remedy.plan.memory.peak / GIB
+        return f"{text} It fits ({peak:.1f} GiB) with {ranks}{shlex.join(remedy.overrides)}"
+    needed = math.ceil(state_bytes(plan.memory) * plan.world_size / usable)
+    return (
+        f"{text} No small change helps; parameters, gradients and optimizer state alone need "
+        f"{needed} ranks. Try --sweep with more, or a device with more memory."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says."""
+    options, training = parse(arguments)
+    quiet()
+    with one_message():
+        device = find_device(options.device)
+        sys.exit(estimate(options, training, device))
+
+
+if __name__ == "__main__":
+    main()
