@@ -82,10 +82,8 @@ def estimate(options: argparse.Namespace, arguments: Sequence[str], device: Devi
     reserve = round(options.reserve * GIB)
     if options.rank is None:
         plan = plan_heaviest(arguments, world_size)
-    elif 0 <= options.rank < world_size:
-        plan = plan_step(arguments, world_size, options.rank)
     else:
-        raise ValueError(f"--rank {options.rank}: must be from 0 to {world_size - 1}.")
+        plan = plan_step(arguments, world_size, options.rank)
     show(options, plan, device, reserve)
     if fits(plan, device, reserve):
         return 0

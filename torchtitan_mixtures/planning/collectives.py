@@ -20,17 +20,25 @@ class UnknownCollectiveError(Exception):
     """A collective whose bytes nobody has said how to count: a hole in this table."""
 
 
+class Group(NamedTuple):
+    """Ranks that communicate, and how: see `Collective.group`."""
+
+    name: str
+    is_functional: bool
+
+
 class Collective(NamedTuple):
     """One call.
 
     Attributes:
         kind: What it is called, such as "all-gather".
-        group: Name of its process group.
+        group: Name of its process group, and whether DTensor or context parallelism ask for it:
+            FSDP's ranks may be the same as those of another dimension.
         bytes: Those received of an all-gather, sent of all else; of an all-reduce, those of a ring.
     """
 
     kind: str
-    group: str
+    group: Group
     bytes: int
 
 
@@ -54,7 +62,8 @@ def collective_of(func: Any, args: tuple) -> Collective | None:
         return None
     group = _group_of(args)
     kind, moved = moved_bytes(name, args, group.size())
-    return Collective(kind, group.group_name, moved)
+    is_functional = func.namespace == "_c10d_functional"
+    return Collective(kind, Group(group.group_name, is_functional), moved)
 
 
 def moved_bytes(name: str, args: tuple, ranks: int) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from torchtitan_mixtures.planning.collectives import collective_of
+from torchtitan_mixtures.planning.collectives import Group, collective_of
 
 aten = torch.ops.aten
 
@@ -45,8 +45,8 @@ class StepMeter(TorchDispatchMode):
         flops: FLOPs since `restart`.
         product_bytes: Bytes in and out of operators that have FLOPs, since `restart`.
         other_bytes: Bytes in and out of all others that are not views, since `restart`.
-        sent: Bytes that this rank sends or receives, by process group's name, since `restart`.
-        calls: Number of collectives by process group's name and kind, since `restart`.
+        sent: Bytes that this rank sends or receives, by process group, since `restart`.
+        calls: Number of collectives by process group and kind, since `restart`.
     """
 
     def __init__(self) -> None:
@@ -68,8 +68,8 @@ class StepMeter(TorchDispatchMode):
         self.flops = 0
         self.product_bytes = 0
         self.other_bytes = 0
-        self.sent: dict[str, int] = defaultdict(int)
-        self.calls: Counter[tuple[str, str]] = Counter()
+        self.sent: dict[Group, int] = defaultdict(int)
+        self.calls: Counter[tuple[Group, str]] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None

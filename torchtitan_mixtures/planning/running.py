@@ -22,6 +22,7 @@ from torchtitan.tools.utils import set_default_dtype
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.pipeline import Pipeline
 from torchtitan_mixtures.planning.batches import make_batch
+from torchtitan_mixtures.planning.collectives import Group
 from torchtitan_mixtures.planning.meter import StepMeter
 from torchtitan_mixtures.planning.pipeline_shapes import tell_shapes
 
@@ -48,8 +49,8 @@ class Tally:
     flops: int
     product_bytes: int
     other_bytes: int
-    sent: Mapping[str, int]
-    calls: Mapping[tuple[str, str], int]
+    sent: Mapping[Group, int]
+    calls: Mapping[tuple[Group, str], int]
 
     @classmethod
     def of(cls, meter: StepMeter, activations: int) -> Tally:

@@ -126,6 +126,8 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
     Raises:
         ValueError: As in training, for what can be known without the data.
     """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank {rank}: must be from 0 to {world_size - 1}.")
     with fake_world(world_size, rank):
         job_config, assumed = parse_planned_job(arguments)
         with assume_images(assumed):

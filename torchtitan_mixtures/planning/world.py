@@ -11,10 +11,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed import ParallelDims
 
 from torchtitan_mixtures.job_config import MixtureJobConfig
+from torchtitan_mixtures.planning.collectives import Group
 
-MESH_NAMES = ("tp", "cp", "pp", "fsdp", "dp_replicate")
-"""Dimensions of the layout that are named in plans, those of most traffic first. Ranks of context
-parallelism hold parts of the parameters too, so they are among those of `fsdp`."""
+BETWEEN_LAYERS = ("tp", "cp")
+"""Dimensions over which tensors of a model travel; functional collectives carry them."""
+
+AROUND_LAYERS = ("pp", "fsdp", "dp_replicate")
+"""Those over which parameters and gradients travel, and whole streams between stages. Ranks of
+context parallelism hold parts of the parameters too, so they are among those of `fsdp`."""
 
 
 @contextmanager
@@ -102,11 +106,13 @@ def degrees_of(dims: ParallelDims, replicas: int) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size > 1}
 
 
-def group_dimensions(dims: ParallelDims) -> dict[str, str]:
-    """Name of each process group of this rank -> the dimension of the layout that it spans."""
-    names: dict[str, str] = {}
-    for name in MESH_NAMES:
-        mesh = dims.get_optional_mesh(name) if dims.world_size > 1 else None
-        if mesh is not None:
-            names.setdefault(mesh.get_group().group_name, name)
+def group_dimensions(dims: ParallelDims) -> dict[Group, str]:
+    """Say of each process group of this rank which dimension of the layout it spans."""
+    names: dict[Group, str] = {}
+    for is_functional, dimensions in ((True, BETWEEN_LAYERS), (False, AROUND_LAYERS)):
+        for name in dimensions:
+            mesh = dims.get_optional_mesh(name) if dims.world_size > 1 else None
+            if mesh is not None:
+                group = Group(mesh.get_group().group_name, is_functional)
+                names.setdefault(group, name)
     return names

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._functional_collectives import all_gather_single, all_reduce
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from torchtitan_mixtures.planning.collectives import UnknownCollectiveError, moved_bytes
+from torchtitan_mixtures.planning.collectives import Group, UnknownCollectiveError, moved_bytes
 from torchtitan_mixtures.planning.meter import StepMeter
 from torchtitan_mixtures.planning.world import fake_world
 
@@ -110,14 +110,18 @@ def test_what_collectives_move_is_counted_by_group():
     with fake_world(8, 0):
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("outer", "inner"))
         outer, inner = (mesh[name].get_group().group_name for name in ("outer", "inner"))
+        ddp = Group(outer, is_functional=False)
         with FakeTensorMode(), StepMeter().watching() as meter:
             x = zeros(256)
             all_gather_single(x, 0, mesh["inner"])
             all_reduce(x, "sum", mesh["outer"])
             dist.all_reduce(x, group=mesh["outer"].get_group())
             dist.barrier(group=mesh["outer"].get_group())
-        assert dict(meter.sent) == {inner: 3 * KIB, outer: 2 * KIB}
-        assert meter.calls == {(inner, "all-gather"): 1, (outer, "all-reduce"): 2}
+        outer, inner = Group(outer, is_functional=True), Group(inner, is_functional=True)
+        assert dict(meter.sent) == {inner: 3 * KIB, outer: KIB, ddp: KIB}
+        assert meter.calls == {
+            (inner, "all-gather"): 1, (outer, "all-reduce"): 1, (ddp, "all-reduce"): 1
+        }  # fmt: skip
 
 
 def test_a_collective_that_is_not_in_the_table_is_an_error():
