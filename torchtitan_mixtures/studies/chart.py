@@ -19,6 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 30, 46
 _LETTER = 13
 _TICKS = 5
 _GREY = "#dddddd"
+_HATCH = 2
 
 
 class Point(NamedTuple):
@@ -27,6 +28,14 @@ class Point(NamedTuple):
     x: float
     y: float
     spread: float = 0.0
+
+
+class Span(NamedTuple):
+    """How far a line reaches up and down at one place."""
+
+    x: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,33 @@ class Line:
         points: Where they are, from left to right.
         is_level: Draw a dashed line at the height of the first point, to compare with.
         is_joined: Join the points.
+        has_dots: Draw the points.
+        band: Fill this, from left to right; it does not stretch the axes.
     """
 
     label: str
     points: Sequence[Point]
     is_level: bool = False
     is_joined: bool = True
+    has_dots: bool = True
+    band: Sequence[Span] = ()
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; lines of the same label have the same colour in all panels."""
+    """One pair of axes; lines of the same label have the same colour in all panels.
+
+    Attributes:
+        title: What stands above them.
+        lines: What is drawn.
+        is_logarithmic: Whether both axes are; all values must then be above 0.
+        x_label: What the horizontal axis says, where it is not that of the whole chart.
+    """
 
     title: str
     lines: Sequence[Line]
+    is_logarithmic: bool = False
+    x_label: str = ""
 
 
 def draw_chart(panels: Sequence[Panel], x_label: str, y_label: str) -> NDArray[np.uint8]:
@@ -97,25 +119,30 @@ class _Axes:
         self._left, self._right = left + _LEFT, left + _WIDTH - _RIGHT
         self._top, self._bottom = _TOP, _HEIGHT - _BOTTOM
         points = [point for line in panel.lines for point in line.points]
-        self._x_ticks = nice_ticks(0.0, max(point.x for point in points))
-        self._y_ticks = nice_ticks(
-            min(p.y - p.spread for p in points), max(p.y + p.spread for p in points)
-        )
+        xs = [point.x for point in points]
+        ys = [p.y + sign * p.spread for p in points for sign in (-1, 1)]
+        if panel.is_logarithmic:
+            self._x_scale, self._y_scale = _LogScale(min(xs), max(xs)), _LogScale(min(ys), max(ys))
+        else:
+            self._x_scale, self._y_scale = _Scale(0.0, max(xs)), _Scale(min(ys), max(ys))
 
     def draw(self, colors: dict[str, str], x_label: str, y_label: str) -> None:
         """Draw axes, labels and lines."""
         draw, middle = self._draw, (self._left + self._right) / 2
-        for tick in self._x_ticks:
+        for tick in self._x_scale.ticks:
             x = self._x(tick)
             draw.line((x, self._top, x, self._bottom), fill=_GREY)
             draw.text((x, self._bottom + 4), f"{tick:g}", "black", self._font, "ma")
-        for tick in self._y_ticks:
+        for tick in self._y_scale.ticks:
             y = self._y(tick)
             draw.line((self._left, y, self._right, y), fill=_GREY)
             draw.text((self._left - 6, y), f"{tick:g}", "black", self._font, "rm")
         draw.rectangle((self._left, self._top, self._right, self._bottom), outline="black")
+        x_label = self._panel.x_label or x_label
         draw.text((middle, self._bottom + 22), x_label, "black", self._font, "ma")
         draw.text((self._left, 6), f"{self._panel.title}: {y_label}", "black", self._font)
+        for line in self._panel.lines:
+            self._draw_band(line, colors[line.label])
         for line in self._panel.lines:
             self._draw_line(line, colors[line.label])
 
@@ -129,17 +156,60 @@ class _Axes:
         if line.is_joined:
             draw.line(places, fill=color, width=2)
         for point, (x, y) in zip(line.points, places, strict=True):
+            if not line.has_dots:
+                continue
             ends = self._y(point.y - point.spread), self._y(point.y + point.spread)
             draw.line((x, ends[0], x, ends[1]), fill=color)
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
 
+    def _draw_band(self, line: Line, color: str) -> None:
+        if not line.band:
+            return
+        # A hatch lets what is below it be seen, also where two bands lie on each other.
+        edges = [(self._x(span.x), self._y(span.low), self._y(span.high)) for span in line.band]
+        for x in range(math.ceil(edges[0][0]), math.floor(edges[-1][0]) + 1, _HATCH):
+            low, high = (
+                float(np.interp(x, [edge[0] for edge in edges], [edge[side] for edge in edges]))
+                for side in (1, 2)
+            )
+            top, bottom = max(high, self._top), min(low, self._bottom)
+            if top < bottom:
+                self._draw.line((x, top, x, bottom), fill=_pale(color))
+
     def _x(self, value: float) -> float:
-        share = (value - self._x_ticks[0]) / (self._x_ticks[-1] - self._x_ticks[0])
-        return self._left + share * (self._right - self._left)
+        return self._left + self._x_scale.share(value) * (self._right - self._left)
 
     def _y(self, value: float) -> float:
-        share = (value - self._y_ticks[0]) / (self._y_ticks[-1] - self._y_ticks[0])
-        return self._bottom - share * (self._bottom - self._top)
+        return self._bottom - self._y_scale.share(value) * (self._bottom - self._top)
+
+
+class _Scale:
+    """Even distances, from the first tick to the last."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.ticks = nice_ticks(low, high)
+
+    def share(self, value: float) -> float:
+        """Where a value lies, from 0 to 1."""
+        return (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+
+
+class _LogScale:
+    """Equal distances for equal ratios, and a little room at both ends."""
+
+    def __init__(self, low: float, high: float) -> None:
+        room = max(0.05 * math.log(high / low), 0.01)
+        self._low, self._high = math.log(low) - room, math.log(high) + room
+        self.ticks = log_ticks(math.exp(self._low), math.exp(self._high))
+
+    def share(self, value: float) -> float:
+        """Where a value lies, from 0 to 1."""
+        return (math.log(value) - self._low) / (self._high - self._low)
+
+
+def _pale(color: str) -> str:
+    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{(value + 2 * 255) // 3:02x}" for value in (red, green, blue))
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -149,6 +219,17 @@ def nice_ticks(low: float, high: float) -> list[float]:
     step = next(s * power for s in (1, 2, 5, 10) if s * power * _TICKS >= (high - low) * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within an interval above 0, as few as say where one is on a log scale."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(f"{mantissa}e{power}") for power in powers for mantissa in mantissas]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            return ticks[:: 1 + len(ticks) // (2 * _TICKS)]
+    return [tick for tick in nice_ticks(low, high) if low <= tick <= high]
 
 
 def _legend_rows(

@@ -23,6 +23,7 @@ from typing import Any
 
 LOCK_NAME = "lock"
 SETTINGS_NAME = "protocol.json"
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,20 @@ class Processes:
     Args:
         logs: Folder of a file for each piece, with what its commands print.
         inherited: File descriptors that processes hold too.
+
+    Attributes:
+        is_stopped: Whether `stop` was called.
     """
 
     def __init__(self, logs: Path, inherited: Sequence[int] = ()) -> None:
         self._logs = logs
         self._inherited = tuple(inherited)
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._is_stopped = False
+        self.is_stopped = False
+
+    def log_of(self, name: str) -> Path:
+        """File with what the commands of a piece print, by its name."""
+        return self._logs / f"{name}.txt"
 
     def run(self, piece: Piece, command: Command) -> None:
         """Run a command to its end.
@@ -73,10 +81,10 @@ class Processes:
         Raises:
             ValueError: It failed; names its log.
         """
-        if self._is_stopped:
+        if self.is_stopped:
             raise ValueError(f"{piece.name}: stopped.")
         self._logs.mkdir(parents=True, exist_ok=True)
-        path = self._logs / f"{piece.name}.txt"
+        path = self.log_of(piece.name)
         with path.open("ab") as log:
             process = subprocess.Popen(
                 command.arguments,
@@ -87,6 +95,8 @@ class Processes:
                 pass_fds=self._inherited,
             )
             self._running.add(process)
+            if self.is_stopped:  # since it was asked above
+                process.terminate()
             try:
                 code = process.wait()
             finally:
@@ -96,7 +106,7 @@ class Processes:
 
     def stop(self) -> None:
         """End what is running, and begin nothing any more."""
-        self._is_stopped = True
+        self.is_stopped = True
         for process in list(self._running):
             process.terminate()
 
@@ -177,14 +187,30 @@ def note_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write what a study was begun with into its folder.
 
     Raises:
-        ValueError: The folder holds a study of other settings.
+        ValueError: The folder holds a study of other settings; names those that differ.
     """
     path = folder / SETTINGS_NAME
+    settings = json.loads(json.dumps(settings))  # as it would be read
     if path.exists() and (theirs := json.loads(path.read_text())) != settings:
+        theirs, ours = _flatten(theirs), _flatten(settings)
+        keys = [key for key in {**theirs, **ours} if theirs.get(key, ...) != ours.get(key, ...)]
+        more = f" and {len(keys) - _NAMED} more settings" if len(keys) > _NAMED else ""
+        theirs, ours = ({k: v[k] for k in keys[:_NAMED] if k in v} for v in (theirs, ours))
         raise ValueError(
-            f"{folder} holds a study of {theirs}, not of {settings}; name another folder."
+            f"{folder} holds a study of {theirs}, not of {ours}{more}; name another folder."
         )
     write_json(path, settings)
+
+
+def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Name values of nested tables by their paths, joined by dots."""
+    if not isinstance(settings, dict) or not settings:
+        return {prefix: settings}
+    prefix = prefix and f"{prefix}."
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}")
+    return flat
 
 
 def leave_on_sigterm() -> None:

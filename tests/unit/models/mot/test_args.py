@@ -10,7 +10,15 @@ from torchtitan_mixtures.models.mot import mot_args
 from torchtitan_mixtures.models.mot.args import MoTModelArgs
 from torchtitan_mixtures.models.mot.model import MoTTransformer
 
-ACTIVE = {"debugmodel": 6_163_712, "8B": 8_030_261_248, "70B": 70_553_706_496}
+ACTIVE = {
+    "debugmodel": 6_163_712,
+    "ladder1": 252_144,
+    "ladder2": 725_664,
+    "ladder3": 1_926_560,
+    "ladder4": 5_868_800,
+    "8B": 8_030_261_248,
+    "70B": 70_553_706_496,
+}
 TOTAL = {
     "debugmodel": 11_278_592,
     "debugmodel_flex_attn": 11_278_592,
@@ -19,6 +27,14 @@ TOTAL = {
     "debugmodel_dense": 6_163_712,
     "debugmodel_3modality": 16_393_472,
     "debugmodel_3modality_dense": 6_163_712,
+    "ladder1": 307_632,
+    "ladder1_dense": 252_144,
+    "ladder2": 1_058_016,
+    "ladder2_dense": 725_664,
+    "ladder3": 3_197_600,
+    "ladder3_dense": 1_926_560,
+    "ladder4": 10_688_768,
+    "ladder4_dense": 5_868_800,
     "8B_2modality": 15_009_845_248,
     "8B_2modality_dense": 8_030_261_248,
     "8B_3modality": 21_989_429_248,
@@ -29,7 +45,15 @@ TOTAL = {
     "70B_3modality_dense": 70_553_706_496,
 }
 # 6 * (active - embedding) + 6 * layers * heads * 2 * head_dim * seq_len, worked out by hand.
-FLOPS = {"debugmodel": 184_831_488, "8B": 57_914_449_920, "70B": 481_442_709_504}
+FLOPS = {
+    "debugmodel": 184_831_488,
+    "ladder1": 10_360_224,
+    "ladder2": 31_485_888,
+    "ladder3": 72_507_840,
+    "ladder4": 183_062_016,
+    "8B": 57_914_449_920,
+    "70B": 481_442_709_504,
+}
 
 
 @pytest.mark.parametrize("flavor", mot_args)
@@ -47,6 +71,7 @@ def test_flavour_table_is_complete():
     assert set(mot_args) == set(TOTAL)
     widths = {flavor: mot_args[flavor].ffn_hidden_dim for flavor in mot_args}
     sizes = {"debugmodel": 768, "8B": 14336, "70B": 28672}
+    sizes |= {"ladder1": 128, "ladder2": 256, "ladder3": 448, "ladder4": 704}
     assert widths == {flavor: sizes[flavor.split("_")[0]] for flavor in mot_args}
 
 
