@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from benchmark_ranks import (  # pyrefly: ignore [missing-import]  # beside this script
     Traffic,
-    UnknownCollectiveError,
     first_line,
 )
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import benchmark as measure
 from torchtitan_mixtures.objectives.next_token import prepare_batch
+from torchtitan_mixtures.planning.collectives import UnknownCollectiveError
 from torchtitan_mixtures.train import parse_job
 
 CONFIG = Path(__file__).resolve().parent.parent / "train_configs" / "mot" / "debugmodel.toml"
@@ -287,7 +287,7 @@ def _traffic_of(step: Step) -> Traffic:
     # DDP groups gradients anew after its first step; pipelines learn shapes in theirs.
     for _ in range(2):
         step()
-    with Traffic(step.layout.ranks) as traffic:
+    with Traffic() as traffic:
         step()
     return traffic
 

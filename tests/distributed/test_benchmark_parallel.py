@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.jobs import ROOT
+from torchtitan_mixtures.planning.collectives import UnknownCollectiveError
+from torchtitan_mixtures.planning.world import fake_world
 
 pytestmark = pytest.mark.distributed
 
@@ -176,8 +179,9 @@ def test_a_layout_that_fails_gives_the_first_line_of_its_error(scripts):
 
 
 def test_an_unknown_collective_stops_the_count(scripts):
-    with pytest.raises(scripts.benchmark_ranks.UnknownCollectiveError, match="broadcast_"):
-        scripts.benchmark_ranks.Traffic(2)._book("broadcast_", ([torch.ones(2)], None))
+    counted = scripts.benchmark_ranks.Traffic()
+    with fake_world(2, 0), counted, pytest.raises(UnknownCollectiveError, match="scatter_"):
+        dist.scatter(torch.ones(2), [torch.ones(2), torch.ones(2)])
 
 
 def test_accelerators_are_refused(scripts):
