@@ -1,6 +1,7 @@
 """Measures a family against what it should cost: `python scripts/benchmark.py mot [--quick]`.
 
-`parallel` in place of `mot` measures layouts of two processes; see `benchmark_parallel.py`.
+`parallel` in place of `mot` measures layouts of two processes, see `benchmark_parallel.py`;
+`memory` compares plans of memory with what is allocated, see `benchmark_memory.py`.
 
 All in one process: variants run alternately and in random order, forward and backward, and ratios
 are formed within each round. Design targets stand beside the ratios; the baseline's ratio to itself
@@ -18,7 +19,8 @@ from pathlib import Path
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-import benchmark_mixdiff  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_memory  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_mixdiff  # pyrefly: ignore [missing-import]
 import benchmark_mmdit  # pyrefly: ignore [missing-import]
 import benchmark_mom  # pyrefly: ignore [missing-import]
 import benchmark_mone  # pyrefly: ignore [missing-import]
@@ -98,6 +100,11 @@ def add_parallel(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_parallel.ROWS
 
 
+def add_memory(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """No flags; the row of plans against allocations."""
+    return benchmark_memory.ROWS
+
+
 FAMILIES = {
     "mot": add_mot,
     "mom": add_mom,
@@ -105,6 +112,7 @@ FAMILIES = {
     "mmdit": add_mmdit,
     "mixdiff": add_mixdiff,
     "parallel": add_parallel,
+    "memory": add_memory,
 }
 
 

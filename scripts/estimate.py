@@ -28,7 +28,10 @@ from torchtitan_mixtures.planning.fit import RESERVE, find_remedy, fits, plan_he
 from torchtitan_mixtures.planning.jobs import fewest_ranks
 from torchtitan_mixtures.planning.report import as_table, format_plan
 from torchtitan_mixtures.planning.step import Plan, plan_step
+from torchtitan_mixtures.planning.sweep import sweep
+from torchtitan_mixtures.planning.sweep_report import format_sweep, header_of, sweep_as_table
 from torchtitan_mixtures.planning.timing import step_times
+from torchtitan_mixtures.planning.toml_edit import check_target, write_config
 from torchtitan_mixtures.train import quiet_the_host
 from torchtitan_mixtures.user_errors import one_message
 
@@ -119,13 +122,36 @@ def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) 
     )
 
 
+def look_for_layouts(options: argparse.Namespace, arguments: Sequence[str], device: Device) -> int:
+    """Sweep over layouts, and write the best as a configuration; return the exit code."""
+    if options.out is not None:
+        check_target(options.out)
+    reserve = round(options.reserve * GIB)
+    result = sweep(arguments, options.world_size, device, reserve, say)
+    if options.json:
+        print(json.dumps(sweep_as_table(result, device, reserve), indent=1))
+    else:
+        print(format_sweep(result, device, reserve))
+    if result.best is None:
+        say(f"error: {result.remedy}")
+        return 1
+    if options.out is not None:
+        chosen = result.best.score.candidate.overrides()
+        command = shlex.join(["scripts/estimate.py", *sys.argv[1:]])
+        header = header_of(command, result.best, device)
+        write_config(Path(options.config), [*arguments[1:], *chosen], header, options.out)
+        say(f"wrote {options.out}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     options, training = parse(arguments)
     quiet()
     with one_message():
         device = find_device(options.device)
-        sys.exit(estimate(options, training, device))
+        do = look_for_layouts if options.sweep else estimate
+        sys.exit(do(options, training, device))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,18 @@ def fits(plan: Plan, device: Device, reserve: int = RESERVE) -> bool:
 
 
 def plan_heaviest(arguments: Sequence[str], world_size: int) -> Plan:
-    """Plan the rank that needs most: of a pipeline's first and last, which differ from the rest."""
+    """Plan the rank that needs most.
+
+    All ranks need the same but those of a pipeline. There the first ones hold most microbatches,
+    the first and the last may have fewer layers than others, and one of these has the logits; so
+    the first two ranks and the last one are planned.
+    """
     plan = plan_step(arguments, world_size)
-    if "pp" not in plan.degrees:
-        return plan
-    last = plan_step(arguments, world_size, world_size - 1)
-    return max(plan, last, key=lambda each: each.memory.peak)
+    stages = plan.degrees.get("pp", 1)
+    of_a_stage = world_size // stages
+    others = sorted({1, stages - 1} - {0}) if stages > 1 else []
+    plans = [plan, *(plan_step(arguments, world_size, of_a_stage * stage) for stage in others)]
+    return max(plans, key=lambda each: each.memory.peak)
 
 
 def find_remedy(

@@ -170,17 +170,20 @@ class RankModel:
                 tallies.append(self._run_microbatch(meter, start, prepared))
             del prepared
             meter.restart()
-            before = meter.live
-            # Kept, so that its moments live until they are counted.
             optimizers = [_step(optimizer) for optimizer in self._optimizers()]
-            optimizer_state = meter.live - before
-            del optimizers
+            moments = [
+                value
+                for optimizer in optimizers
+                for state in optimizer.state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
+            ]
             return RankRun(
                 parameters=held,
                 trained=storage_bytes(p for p in parameters if p.requires_grad),
                 buffers=buffers,
                 gradients=_gradient_bytes(parameters),
-                optimizer_state=optimizer_state,
+                optimizer_state=storage_bytes(moments),
                 optimizer_peak=meter.peak,
                 optimizer_bytes=meter.other_bytes,
                 rounds=rounds,

@@ -139,7 +139,8 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
         other_state = _other_state(job_config, run, world_size)
         replicas = job_config.parallelism.data_parallel_replicate_degree
         if is_ddp(job_config, world_size):
-            sent["dp_replicate"] = round(run.trained * 2 * (replicas - 1) / replicas)
+            # DDP sums what has been accumulated anew with each microbatch.
+            sent["dp_replicate"] = round(rounds * run.trained * 2 * (replicas - 1) / replicas)
         return Plan(
             family=job_config.model.name,
             flavor=job_config.model.flavor,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed import ParallelDims
 
@@ -41,6 +42,9 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
         "LOCAL_WORLD_SIZE": "1",
     }
     with _environment(variables):
+        # DTensor remembers results with their meshes: those of an earlier world are equal to
+        # ours, but name process groups that are gone, or that mean other ranks by now.
+        _clear_sharding_prop_cache()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             yield
@@ -91,7 +95,8 @@ def is_ddp(job_config: MixtureJobConfig, world_size: int) -> bool:
     others = config.tensor_parallel_degree * config.context_parallel_degree
     others *= config.pipeline_parallel_degree
     replicas = config.data_parallel_replicate_degree
-    return replicas > 1 and replicas * others == world_size
+    is_cut = config.context_parallel_degree > 1  # FSDP deals parameters out to those ranks
+    return replicas > 1 and replicas * others == world_size and not is_cut
 
 
 def degrees_of(dims: ParallelDims, replicas: int) -> dict[str, int]:

@@ -1,0 +1,185 @@
+"""What the allocator of a real step hands out: the plan of a job, measured where it can be.
+
+PyTorch's profiler notes every allocation and every free of a CPU, with its bytes and when it was.
+Their running sum, between the places in the trainer's step that a plan names, is compared with the
+plan (`scripts/benchmark.py memory`). gloo's own buffers do not come from that allocator, and a plan
+does not count them either.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from torchtitan_mixtures.planning.running import storage_bytes
+from torchtitan_mixtures.train import parse_job
+from torchtitan_mixtures.trainer import MixtureTrainer
+
+PREFIX = "torchtitan_mixtures.planning."
+BUILDING, BUILT = f"{PREFIX}building", f"{PREFIX}built"
+FORWARD, BACKWARD = f"{PREFIX}forward", f"{PREFIX}backward"
+STEPPING, STEPPED = f"{PREFIX}stepping", f"{PREFIX}stepped"
+FREEING, FREED = f"{PREFIX}freeing", f"{PREFIX}freed"
+"""Places in a profile: around the allocation of a model, at the beginning of a microbatch, when its
+loss is there, around the optimizer's step, and around the freeing of gradients."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that a rank allocated; see `Memory` of `planning/step.py` for what they are of.
+
+    Attributes:
+        parameters: Of its share of the parameters.
+        gradients: That were freed after a first step.
+        optimizer_state: That the optimizer's first step left.
+        activations: That the forward pass of a second step left; None of a pipeline, whose passes
+            alternate.
+        peak: Most that lived in a second step, from its first microbatch to its end.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int | None
+    peak: int
+
+
+def measure_steps(arguments: Sequence[str]) -> Measured:
+    """Take two steps of a job on this rank, and say what they allocated.
+
+    Args:
+        arguments: The command line of training, for CPUs; the environment is that of torchrun.
+    """
+    job_config = parse_job(arguments)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _marked():
+        trainer = MixtureTrainer(job_config)
+        built = _State.of(trainer)
+        batches = trainer.batch_generator(trainer.dataloader)  # pyrefly: ignore [bad-argument-type]
+        for step in (1, 2):
+            trainer.step = step
+            trainer.train_step(batches)
+    is_pipeline = trainer.parallel_dims.pp_enabled
+    trainer.close()
+    torch.distributed.destroy_process_group()
+    return _Timeline(profiler).measured(built, is_pipeline)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What was there before the first step, beside parameters."""
+
+    parameters: int
+    buffers: int
+    average: int
+
+    @classmethod
+    def of(cls, trainer: MixtureTrainer) -> _State:
+        parts = trainer.model_parts
+        average = 0 if trainer.ema is None else storage_bytes(trainer.ema.state_dict().values())
+        return cls(
+            storage_bytes(p for part in parts for p in part.parameters()),
+            storage_bytes(b for part in parts for b in part.buffers()),
+            average,
+        )
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Let a trainer note in the profile where it is."""
+    places = [
+        (nn.Module, "to_empty", BUILDING, BUILT),
+        (MixtureTrainer, "forward_backward_step", FORWARD, ""),
+        (Tensor, "backward", BACKWARD, ""),
+        (Optimizer, "zero_grad", FREEING, FREED),
+    ]
+    before = [getattr(owner, name) for owner, name, *_ in places]
+    for (owner, name, start, end), method in zip(places, before, strict=True):
+        setattr(owner, name, _between(method, start, end))
+    hooks = [
+        register_optimizer_step_pre_hook(lambda *_: _mark(STEPPING)),
+        register_optimizer_step_post_hook(lambda *_: _mark(STEPPED)),
+    ]
+    try:
+        yield
+    finally:
+        for (owner, name, *_), method in zip(places, before, strict=True):
+            setattr(owner, name, method)
+        for hook in hooks:
+            hook.remove()
+
+
+def _between(method: Callable[..., Any], start: str, end: str) -> Callable[..., Any]:
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        _mark(start)
+        result = method(*args, **kwargs)
+        if end:
+            _mark(end)
+        return result
+
+    return marked
+
+
+def _mark(name: str) -> None:
+    with record_function(name):
+        pass
+
+
+class _Timeline:
+    """Bytes that live over time."""
+
+    def __init__(self, profiler: Any) -> None:
+        changes, self._marks = [], {}
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                changes.append((event.start_ns(), event.nbytes()))
+            elif event.name().startswith(PREFIX):
+                self._marks.setdefault(event.name(), []).append(event.start_ns())
+        changes.sort(key=lambda change: change[0])
+        self._times = [time for time, _ in changes]
+        self._levels = [0, *accumulate(size for _, size in changes)]
+        for marks in self._marks.values():
+            marks.sort()
+
+    def level(self, time: int) -> int:
+        """Bytes that live at a time, those from before the profile not among them."""
+        return self._levels[bisect.bisect_right(self._times, time)]
+
+    def measured(self, built: _State, is_pipeline: bool) -> Measured:
+        """Read off what `measure_steps` says."""
+        marks, forward = self._marks, self._marks[FORWARD]
+        of_step = len(forward) // 2
+        ends = len(marks[STEPPED]) // 2
+        # Gradients are freed at the beginning of each step; in the first there are none.
+        frees = len(marks[FREEING]) // 2
+        low = bisect.bisect_right(self._times, forward[of_step])
+        high = bisect.bisect_right(self._times, marks[STEPPED][-1])
+        # Before the first step there is nothing but what was built.
+        held = built.parameters + built.buffers + built.average - self.level(forward[0])
+        activations = None
+        if not is_pipeline:
+            passes = zip(forward[of_step:], marks[BACKWARD][of_step:], strict=True)
+            activations = max(self.level(end) - self.level(start) for start, end in passes)
+        return Measured(
+            parameters=self._growth(marks[BUILDING], marks[BUILT]) - built.buffers,
+            gradients=-self._growth(marks[FREEING][frees:], marks[FREED][frees:]),
+            optimizer_state=self._growth(marks[STEPPING][:ends], marks[STEPPED][:ends]),
+            activations=activations,
+            peak=held + max(self._levels[low : high + 1]),
+        )
+
+    def _growth(self, starts: Sequence[int], ends: Sequence[int]) -> int:
+        """What was allocated between the first start and the last end, and not freed."""
+        return self.level(ends[-1]) - self.level(starts[0])
