@@ -1,6 +1,6 @@
 """What `scripts/benchmark.py memory` measures: planned bytes against those that ranks allocate.
 
-Every case trains two steps of a debug configuration on gloo processes of this machine, and is
+Every case trains a few steps of a debug configuration on gloo processes of this machine, and is
 planned as if they were not there; rank 0 of both is compared.
 """
 
@@ -24,7 +24,7 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures import benchmark as measure
 from torchtitan_mixtures.local_ranks import run_ranks
-from torchtitan_mixtures.planning.measure import Measured, measure_steps
+from torchtitan_mixtures.planning.measure import STEPS, Measured, measure_steps
 from torchtitan_mixtures.planning.step import Memory, plan_step
 from torchtitan_mixtures.train import quiet_the_host
 
@@ -70,14 +70,14 @@ CASES = (
 )
 
 SHORT = (
-    "--training.steps=2",
+    f"--training.steps={STEPS}",
     "--lr_scheduler.warmup_steps=1",
     "--checkpoint.no-enable",
     "--validation.no-enable",
     "--sampling.interval=0",
     "--metrics.no-enable-tensorboard",
 )
-"""Two steps and nothing beside them."""
+"""A few steps and nothing beside them."""
 
 NEEDED = {("mone", "CP 2"): ("--nested.tokens_multiple=2",)}
 """What a family asks for in a layout."""
@@ -134,7 +134,7 @@ def measure_memory(options: argparse.Namespace, device: torch.device) -> Iterato
         table.add(family, layout, *cells, family=family, layout=layout, errors=errors)
     table.notes += [
         "Debug configurations as they are, with a batch of 4 in the pipeline. Measured by "
-        "PyTorch's profiler: activations in the second step, the peak over all of it.",
+        "PyTorch's profiler: activations and peak of the second to fourth step, the least of each.",
         "Activations of a pipeline, whose passes alternate, are in its peak only.",
     ]
     yield table

@@ -24,7 +24,13 @@ import torchtitan_mixtures  # noqa: F401  # isort: skip
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.planning.devices import DEVICES, GIB, Device, find_device
-from torchtitan_mixtures.planning.fit import RESERVE, find_remedy, fits, plan_heaviest, state_bytes
+from torchtitan_mixtures.planning.fit import (
+    RESERVE,
+    fewest_ranks_for_state,
+    find_remedy,
+    fits,
+    plan_heaviest,
+)
 from torchtitan_mixtures.planning.jobs import fewest_ranks
 from torchtitan_mixtures.planning.report import as_table, format_plan
 from torchtitan_mixtures.planning.step import Plan, plan_step
@@ -115,7 +121,7 @@ def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) 
         ranks = "" if remedy.world_size == plan.world_size else f"--world-size {remedy.world_size} "
         peak = remedy.plan.memory.peak / GIB
         return f"{text} It fits ({peak:.1f} GiB) with {ranks}{shlex.join(remedy.overrides)}"
-    needed = math.ceil(state_bytes(plan.memory) * plan.world_size / usable)
+    needed = fewest_ranks_for_state(plan, device, reserve)
     return (
         f"{text} No small change helps; parameters, gradients and optimizer state alone need "
         f"{needed} ranks. Try --sweep with more, or a device with more memory."

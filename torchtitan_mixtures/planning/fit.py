@@ -40,6 +40,13 @@ def state_bytes(memory: Memory) -> int:
     return state + memory.other_state
 
 
+def fewest_ranks_for_state(plan: Plan, device: Device, reserve: int = RESERVE) -> int:
+    """How many devices hold parameters, gradients and optimizer state, however they are cut."""
+    copies = plan.degrees.get("dp_replicate", 1)
+    whole = state_bytes(plan.memory) * plan.world_size / copies
+    return math.ceil(whole / (device.memory - reserve))
+
+
 def fits(plan: Plan, device: Device, reserve: int = RESERVE) -> bool:
     """Say whether the peak leaves the reserve free."""
     return plan.memory.peak <= device.memory - reserve

@@ -37,6 +37,10 @@ FREEING, FREED = f"{PREFIX}freeing", f"{PREFIX}freed"
 loss is there, around the optimizer's step, and around the freeing of gradients."""
 
 
+STEPS = 4
+"""Steps that are taken."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """Bytes that a rank allocated; see `Memory` of `planning/step.py` for what they are of.
@@ -45,9 +49,12 @@ class Measured:
         parameters: Of its share of the parameters.
         gradients: That were freed after a first step.
         optimizer_state: That the optimizer's first step left.
-        activations: That the forward pass of a second step left; None of a pipeline, whose passes
+        activations: That the forward pass of a later step left; None of a pipeline, whose passes
             alternate.
-        peak: Most that lived in a second step, from its first microbatch to its end.
+        peak: Most that lived in a later step, from its first microbatch to its end.
+
+    Of later steps the least is taken: how long communication holds what it sends depends on what
+    else the machine does.
     """
 
     parameters: int
@@ -58,7 +65,7 @@ class Measured:
 
 
 def measure_steps(arguments: Sequence[str]) -> Measured:
-    """Take two steps of a job on this rank, and say what they allocated.
+    """Take a few steps of a job on this rank, and say what they allocated.
 
     Args:
         arguments: The command line of training, for CPUs; the environment is that of torchrun.
@@ -68,7 +75,7 @@ def measure_steps(arguments: Sequence[str]) -> Measured:
         trainer = MixtureTrainer(job_config)
         built = _State.of(trainer)
         batches = trainer.batch_generator(trainer.dataloader)  # pyrefly: ignore [bad-argument-type]
-        for step in (1, 2):
+        for step in range(1, STEPS + 1):
             trainer.step = step
             trainer.train_step(batches)
     is_pipeline = trainer.parallel_dims.pp_enabled
@@ -159,27 +166,40 @@ class _Timeline:
 
     def measured(self, built: _State, is_pipeline: bool) -> Measured:
         """Read off what `measure_steps` says."""
-        marks, forward = self._marks, self._marks[FORWARD]
-        of_step = len(forward) // 2
-        ends = len(marks[STEPPED]) // 2
-        # Gradients are freed at the beginning of each step; in the first there are none.
-        frees = len(marks[FREEING]) // 2
-        low = bisect.bisect_right(self._times, forward[of_step])
-        high = bisect.bisect_right(self._times, marks[STEPPED][-1])
+        marks = {name: _by_step(times) for name, times in self._marks.items()}
         # Before the first step there is nothing but what was built.
-        held = built.parameters + built.buffers + built.average - self.level(forward[0])
+        first = marks[FORWARD][0][0]
+        held = built.parameters + built.buffers + built.average - self.level(first)
+        later = range(1, STEPS)
         activations = None
         if not is_pipeline:
-            passes = zip(forward[of_step:], marks[BACKWARD][of_step:], strict=True)
-            activations = max(self.level(end) - self.level(start) for start, end in passes)
+            activations = min(
+                max(
+                    self.level(end) - self.level(start)
+                    for start, end in zip(marks[FORWARD][k], marks[BACKWARD][k], strict=True)
+                )
+                for k in later
+            )
         return Measured(
-            parameters=self._growth(marks[BUILDING], marks[BUILT]) - built.buffers,
-            gradients=-self._growth(marks[FREEING][frees:], marks[FREED][frees:]),
-            optimizer_state=self._growth(marks[STEPPING][:ends], marks[STEPPED][:ends]),
+            parameters=self._growth(self._marks[BUILDING], self._marks[BUILT]) - built.buffers,
+            # They are freed at the beginning of the next step.
+            gradients=-self._growth(marks[FREEING][1], marks[FREED][1]),
+            optimizer_state=self._growth(marks[STEPPING][0], marks[STEPPED][0]),
             activations=activations,
-            peak=held + max(self._levels[low : high + 1]),
+            peak=held + min(self._most(marks[FORWARD][k][0], marks[STEPPED][k][-1]) for k in later),
         )
+
+    def _most(self, start: int, end: int) -> int:
+        """Most bytes that lived at once between two times."""
+        low, high = (bisect.bisect_right(self._times, time) for time in (start, end))
+        return max(self._levels[low : high + 1])
 
     def _growth(self, starts: Sequence[int], ends: Sequence[int]) -> int:
         """What was allocated between the first start and the last end, and not freed."""
         return self.level(ends[-1]) - self.level(starts[0])
+
+
+def _by_step(times: Sequence[int]) -> list[Sequence[int]]:
+    """Deal times, as many of each step, out to the steps."""
+    count = len(times) // STEPS
+    return [times[step * count : (step + 1) * count] for step in range(STEPS)]

@@ -64,7 +64,7 @@ def header_of(command: str, best: Verified, device: Device) -> list[str]:
         f"Layout for {best.plan.world_size} x {device.name}: {layout(best.plan.degrees)}. Found by",
         f"  python {command}",
         f"Planned, never run: peak {memory.peak / GIB:.1f} GiB (rank {best.plan.rank}); a step of",
-        f"{best.plan.tokens:,} positions takes {times.step:.3g} s at least, bound by {times.limit}.",
+        f"{best.plan.tokens:,} positions takes {times.step:.3g} s or more, bound by {times.limit}.",
         "What is said below of layouts is of the configuration that this one was made of.",
     ]
 

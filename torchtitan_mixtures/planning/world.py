@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -43,8 +44,10 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
     }
     with _environment(variables):
         # DTensor remembers results with their meshes: those of an earlier world are equal to
-        # ours, but name process groups that are gone, or that mean other ranks by now.
+        # ours, but name process groups that are gone, or that mean other ranks by now. Graphs of
+        # an earlier model's blocks would let ours be compiled for sizes of any kind.
         _clear_sharding_prop_cache()
+        torch.compiler.reset()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             yield

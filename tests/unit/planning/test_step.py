@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchtitan.protocols.train_spec import get_train_spec
 
+from tests.gang import run_ranks
 from tests.jobs import TRAIN_CONFIGS
 from torchtitan_mixtures.models import FAMILIES
 from torchtitan_mixtures.planning.step import plan_step
@@ -156,6 +157,16 @@ def test_compiled_blocks_keep_less():
     assert compiled.memory.activations < eager.memory.activations
     assert compiled.memory.parameters == eager.memory.parameters
     assert compiled.flops == pytest.approx(eager.flops, rel=0.02)
+
+
+def test_plans_of_other_sizes_in_one_process_are_those_of_a_process_of_their_own():
+    flags = ("--compile.enable", "--compile.components=model",
+             "--parallelism.tensor_parallel_degree=2", "--activation_checkpoint.mode=selective",
+             "--activation_checkpoint.selective_ac_option=op")  # fmt: skip
+    for rows in (1, 4, 2):
+        last = plan("mot", 4, *flags, f"--training.local_batch_size={rows}")
+    alone = run_ranks(plan, 1, "mot", 4, *flags, "--training.local_batch_size=2", init=False)
+    assert last == alone[0]
 
 
 def test_the_average_of_the_parameters_is_one_more_copy():
