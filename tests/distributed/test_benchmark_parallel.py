@@ -65,6 +65,7 @@ def of_a_block(quick, layout: str, family: str) -> tuple[dict[str, float], dict[
     return first["block"]["calls"], first["block"]["bytes"]
 
 
+@pytest.mark.slow
 def test_every_layout_is_in_both_tables(scripts, quick):
     layouts = list(scripts.benchmark_layouts.LAYOUTS)
     assert list(quick.timed) == layouts
@@ -75,6 +76,7 @@ def test_every_layout_is_in_both_tables(scripts, quick):
     assert quick.printed.count("CPU only, gloo") == 2
 
 
+@pytest.mark.slow
 def test_ratios_are_of_steps_in_the_same_processes(quick):
     for name, record in quick.timed.items():
         ratios = set(record["ratios"])
@@ -87,6 +89,7 @@ def test_ratios_are_of_steps_in_the_same_processes(quick):
         assert all(low <= median <= high for low, median, high in record["ratios"].values())
 
 
+@pytest.mark.slow
 def test_what_llama3_cannot_do_is_said(quick):
     failed = {name for name, record in quick.timed.items() if record["llama3_error"]}
     assert failed == {"CP2"}
@@ -96,6 +99,7 @@ def test_what_llama3_cannot_do_is_said(quick):
     assert quick.printed.count(error) == 2
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process_but_for_what_the_notes_say(quick):
     for (layout, family), record in quick.counted.items():
         if "error" in record:
@@ -108,6 +112,7 @@ def test_gradients_are_those_of_one_process_but_for_what_the_notes_say(quick):
         assert record["gradient"] == pytest.approx(expected, rel=1e-4), (layout, family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fsdp_gathers_a_block_twice_and_reduces_it_once(quick, family):
     calls, moved = of_a_block(quick, "FSDP2", family)
@@ -116,6 +121,7 @@ def test_fsdp_gathers_a_block_twice_and_reduces_it_once(quick, family):
     assert moved == {"all-gather": 2 * half, "reduce-scatter": half}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ddp_reduces_a_block_in_a_bucket_with_others(quick, family):
     calls, moved = of_a_block(quick, "DDP2", family)
@@ -123,6 +129,7 @@ def test_ddp_reduces_a_block_in_a_bucket_with_others(quick, family):
     assert moved == {"all-reduce": block_bytes(family)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tp_gathers_and_scatters_rows_around_both_sub_layers(quick, family):
     calls, moved = of_a_block(quick, "TP2", family)
@@ -132,6 +139,7 @@ def test_tp_gathers_and_scatters_rows_around_both_sub_layers(quick, family):
     assert moved == {"all-gather": 4 * half, "reduce-scatter": 4 * half}
 
 
+@pytest.mark.slow
 def test_cp_exchanges_queries_keys_values_and_output(quick):
     calls, moved = of_a_block(quick, "CP2", "mot")
     sharded = of_a_block(quick, "FSDP2", "mot")
@@ -140,6 +148,7 @@ def test_cp_exchanges_queries_keys_values_and_output(quick):
     assert moved == {"all-to-all": 2 * (3 + 1) * share / 2} | sharded[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("schedule", "stages"), [("1F1B", 2), ("InterleavedZeroBubble", 4)])
 def test_pipelines_send_activations_and_gradients_between_stages(quick, family, schedule, stages):

@@ -122,8 +122,9 @@ def compare(family, flavor, layout, emptied):
 @pytest.mark.parametrize("family", ["mot"])
 @pytest.mark.parametrize(
     ("layout", "without_images"),
-    [*((layout, "one_rank") for layout in LAYOUTS), ("FSDP2", "no_rank"), ("FSDP2", "all_ranks")],
-)
+    [("FSDP2", "one_rank"), ("HSDP2x2", "one_rank"), ("DDP2", "one_rank"), ("FSDP2", "no_rank"),
+     ("FSDP2", "all_ranks"), pytest.param("FSDP4", "one_rank", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_loss_and_every_gradient_equal_one_process(family, layout, without_images):
     world = LAYOUTS[layout][0]
     rows = {"no_rank": 0, "one_rank": SEQUENCES // world, "all_ranks": SEQUENCES}[without_images]

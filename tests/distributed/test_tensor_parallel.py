@@ -127,6 +127,7 @@ def count_graphs():
     return graphs
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_three_times_whatever_the_mix():
     # For one mix, for one in which a second size changes, then for all.
     for graphs in run_ranks(count_graphs, 2, timeout=280):

@@ -125,7 +125,13 @@ def one_process(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Compiled blocks with TP and PP are among those with both at once.
+SLOW = ("TP2, compiled", "PP2, compiled")
+
+
+@pytest.mark.parametrize("layout", [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS
+])  # fmt: skip
 def test_a_layout_reports_the_numbers_of_one_process(layout, one_process, tmp_path):
     world, local, options = LAYOUTS[layout]
     expected = one_process(*(o for o in options if o.startswith("--model.flavor")))
@@ -145,7 +151,11 @@ BFLOAT16 = "--training.mixed_precision_param=bfloat16"
 
 @pytest.mark.parametrize(
     ("world", "local", "options"),
-    [(4, 2, (TP2,)), (4, 2, (PP2,)), (2, 4, (CP2, *COMPILED))],
+    [
+        (4, 2, (TP2,)),
+        pytest.param(4, 2, (PP2,), marks=pytest.mark.slow),
+        pytest.param(2, 4, (CP2, *COMPILED), marks=pytest.mark.slow),
+    ],
     ids=["FSDP2xTP2", "FSDP2xPP2", "CP2, compiled"],
 )
 def test_mixed_precision_reports_nearly_the_same(world, local, options, one_process, tmp_path):
