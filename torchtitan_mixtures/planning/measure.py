@@ -1,18 +1,22 @@
 """What the allocator of a real step hands out: the plan of a job, measured where it can be.
 
-PyTorch's profiler notes every allocation and every free of a CPU, with its bytes and when it was.
-Their running sum, between the places in the trainer's step that a plan names, is compared with the
-plan (`scripts/benchmark.py memory`). gloo's own buffers do not come from that allocator, and a plan
-does not count them either.
+PyTorch's profiler notes every allocation and every free of its thread on a CPU, and how much all
+threads of the process then hold. That total, at the places in the trainer's step that a plan names,
+is compared with the plan (`scripts/benchmark.py memory`). gloo's own buffers do not come from that
+allocator, and a plan does not count them either.
+
+A sum of the noted bytes would drift: what a collective sends is often dropped last, and so freed,
+by a thread of gloo's, which the profiler does not watch.
 """
 
 from __future__ import annotations
 
 import bisect
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +57,8 @@ class Measured:
             alternate.
         peak: Most that lived in a later step, from its first microbatch to its end.
 
-    Of later steps the least is taken: how long communication holds what it sends depends on what
-    else the machine does.
+    Of later steps the least is taken: a thread of gloo's may hold what it sent a moment longer than
+    it must.
     """
 
     parameters: int
@@ -71,7 +75,8 @@ def measure_steps(arguments: Sequence[str]) -> Measured:
         arguments: The command line of training, for CPUs; the environment is that of torchrun.
     """
     job_config = parse_job(arguments)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _marked():
+    cpu = [ProfilerActivity.CPU]
+    with all_threads(), profile(activities=cpu, profile_memory=True) as profiler, _marked():
         trainer = MixtureTrainer(job_config)
         built = _State.of(trainer)
         batches = trainer.batch_generator(trainer.dataloader)  # pyrefly: ignore [bad-argument-type]
@@ -81,7 +86,7 @@ def measure_steps(arguments: Sequence[str]) -> Measured:
     is_pipeline = trainer.parallel_dims.pp_enabled
     trainer.close()
     torch.distributed.destroy_process_group()
-    return _Timeline(profiler).measured(built, is_pipeline)
+    return Timeline(profiler).measured(built, is_pipeline)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,21 @@ class _State:
             storage_bytes(b for part in parts for b in part.buffers()),
             average,
         )
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Let the total that a profiler notes be that of all threads, not of those that it watches.
+
+    The switch is PyTorch's own, but it has no name in Python.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    switch = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
+    before, switch.value = switch.value, True
+    try:
+        yield
+    finally:
+        switch.value = before
 
 
 @contextmanager
@@ -144,20 +164,31 @@ def _mark(name: str) -> None:
         pass
 
 
-class _Timeline:
-    """Bytes that live over time."""
+class Timeline:
+    """Bytes that live over time.
+
+    Args:
+        profiler: What has profiled memory, within `all_threads`.
+
+    Attributes:
+        marks: Name of a place (`PREFIX...`) -> when it was passed, in order; nanoseconds.
+    """
 
     def __init__(self, profiler: Any) -> None:
-        changes, self._marks = [], {}
-        for event in profiler.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                changes.append((event.start_ns(), event.nbytes()))
-            elif event.name().startswith(PREFIX):
-                self._marks.setdefault(event.name(), []).append(event.start_ns())
-        changes.sort(key=lambda change: change[0])
-        self._times = [time for time, _ in changes]
-        self._levels = [0, *accumulate(size for _, size in changes)]
-        for marks in self._marks.values():
+        totals: list[tuple[int, int]] = []
+        self.marks: dict[str, list[int]] = {}
+        events = list(profiler.profiler.kineto_results.experimental_event_tree())
+        while events:
+            event = events.pop()
+            events += event.children
+            if event.name == "[memory]":
+                totals.append((event.start_time_ns, event.extra_fields.total_allocated))
+            elif event.name.startswith(PREFIX):
+                self.marks.setdefault(event.name, []).append(event.start_time_ns)
+        totals.sort(key=lambda total: total[0])
+        self._times = [time for time, _ in totals]
+        self._levels = [0, *(total for _, total in totals)]
+        for marks in self.marks.values():
             marks.sort()
 
     def level(self, time: int) -> int:
@@ -166,7 +197,11 @@ class _Timeline:
 
     def measured(self, built: _State, is_pipeline: bool) -> Measured:
         """Read off what `measure_steps` says."""
-        marks = {name: _by_step(times) for name, times in self._marks.items()}
+        marks = {
+            name: _by_step(times)
+            for name, times in self.marks.items()
+            if name not in (BUILDING, BUILT)
+        }
         # Before the first step there is nothing but what was built.
         first = marks[FORWARD][0][0]
         held = built.parameters + built.buffers + built.average - self.level(first)
@@ -181,7 +216,7 @@ class _Timeline:
                 for k in later
             )
         return Measured(
-            parameters=self._growth(self._marks[BUILDING], self._marks[BUILT]) - built.buffers,
+            parameters=self._growth(self.marks[BUILDING], self.marks[BUILT]) - built.buffers,
             # They are freed at the beginning of the next step.
             gradients=-self._growth(marks[FREEING][1], marks[FREED][1]),
             optimizer_state=self._growth(marks[STEPPING][0], marks[STEPPED][0]),
@@ -201,5 +236,6 @@ class _Timeline:
 
 def _by_step(times: Sequence[int]) -> list[Sequence[int]]:
     """Deal times, as many of each step, out to the steps."""
-    count = len(times) // STEPS
+    count, rest = divmod(len(times), STEPS)
+    assert not rest, f"{len(times)} marks in {STEPS} steps"
     return [times[step * count : (step + 1) * count] for step in range(STEPS)]
