@@ -24,7 +24,7 @@ def benchmark():
 
 
 def check(real: Measured, plan: Memory, peak: float = 0.1) -> None:
-    """Compare; the peak has what gloo has not sent yet in it, which depends on the machine's load."""
+    """Compare; what gloo has yet to send is in the peak, more of it on a busy machine."""
     for name in ("parameters", "gradients", "optimizer_state"):
         assert getattr(plan, name) == pytest.approx(getattr(real, name), rel=0.01), name
     if real.activations is not None:

@@ -35,7 +35,7 @@ class Times:
         bubble: What ranks of a pipeline wait beside that.
         links: Dimension of the layout -> what its communication takes.
         step: All of it; no step is faster.
-        limit: What `step` is mostly made of: "compute", "memory", "bubble" or "link (dimension)".
+        limit: What most of `step` is: "compute", "memory", "bubble" or "link (dimension)".
         utilization: Share of the device's peak that the family's own FLOPs are in that time.
     """
 
@@ -66,7 +66,12 @@ def step_times(plan: Plan, device: Device) -> Times:
     hidden = sum(seconds for name, seconds in links.items() if name not in EXPOSED)
     step = max(kernels + bubble + exposed, hidden)
     useful = plan.model_flops * plan.tokens / plan.world_size
-    limit = _limit({"compute": compute, "memory": memory, "bubble": bubble}, links, hidden)
+    waiting = {"compute": compute, "memory": memory, "bubble": bubble}
+    waiting |= {f"link ({name})": links[name] for name in links if name in EXPOSED}
+    beside = {f"link ({name})": links[name] for name in links if name not in EXPOSED}
+    # Of what the step consists of: what goes beside the rest counts where it is longer.
+    parts = beside if hidden == step else waiting
+    limit = max(parts, key=lambda name: parts[name])
     return Times(compute, memory, bubble, links, step, limit, useful / peak / step)
 
 
@@ -105,12 +110,3 @@ def spread(name: str, degrees: Mapping[str, int], of_a_node: int) -> tuple[int, 
     for key in order[: order.index(first)]:
         distance *= sizes[key]
     return ranks, max(1, min(ranks, of_a_node // distance))
-
-
-def _limit(parts: Mapping[str, float], links: Mapping[str, float], hidden: float) -> str:
-    shares = dict(parts)
-    shares |= {f"link ({name})": seconds for name, seconds in links.items() if name in EXPOSED}
-    beside = {name: seconds for name, seconds in links.items() if name not in EXPOSED}
-    if beside:
-        shares[f"link ({max(beside, key=lambda name: beside[name])})"] = hidden
-    return max(shares, key=lambda name: shares[name])

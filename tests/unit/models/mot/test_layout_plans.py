@@ -82,6 +82,8 @@ def test_a_header_speaks_of_every_number_of_gpus(config):
 @pytest.mark.parametrize("config", QUICK)
 def test_a_header_carries_the_numbers_of_its_plan(config):
     plan = check(config, own_row(config))
+    words = " ".join(text_of(config).replace("#", "").split())
+    assert f"s or more, bound by {step_times(plan, DEVICE).limit} at published peaks" in words
     for count, needed in too_few(config):
         assert needed == fewest_ranks_for_state(plan, DEVICE)
         assert count < needed
