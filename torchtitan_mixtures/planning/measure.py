@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +53,8 @@ class Measured:
         parameters: Of its share of the parameters.
         gradients: That were freed after a first step.
         optimizer_state: That the optimizer's first step left.
-        activations: That the forward pass of a later step left; None of a pipeline, whose passes
-            alternate.
+        activations: Of a microbatch, and that its forward pass left in a later step; None of a
+            pipeline, whose passes alternate.
         peak: Most that lived in a later step, from its first microbatch to its end.
 
     Of later steps the least is taken: a thread of gloo's may hold what it sent a moment longer than
@@ -202,13 +202,13 @@ class Timeline:
             for name, times in self.marks.items()
             if name not in (BUILDING, BUILT)
         }
-        # Before the first step there is nothing but what was built.
-        first = marks[FORWARD][0][0]
-        held = built.parameters + built.buffers + built.average - self.level(first)
+        # Before the first batch there is nothing but what was built.
+        empty = self.level(marks[FREED][0][-1])
+        held = built.parameters + built.buffers + built.average - empty
         later = range(1, STEPS)
         activations = None
         if not is_pipeline:
-            activations = min(
+            activations = self._batch(marks) + min(
                 max(
                     self.level(end) - self.level(start)
                     for start, end in zip(marks[FORWARD][k], marks[BACKWARD][k], strict=True)
@@ -223,6 +223,11 @@ class Timeline:
             activations=activations,
             peak=held + min(self._most(marks[FORWARD][k][0], marks[STEPPED][k][-1]) for k in later),
         )
+
+    def _batch(self, marks: Mapping[str, Sequence[Sequence[int]]]) -> int:
+        """Bytes of a microbatch; of the first step, as later batches take the place of others."""
+        microbatches = marks[FORWARD][0]
+        return self._growth(marks[FREED][0][-1:], microbatches[:1]) // len(microbatches)
 
     def _most(self, start: int, end: int) -> int:
         """Most bytes that lived at once between two times."""
