@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,9 @@ class Summary(NamedTuple):
     def of(cls, values: Mapping[int, float]) -> Summary:
         """Summarise at least one number."""
         numbers = list(values.values())
-        deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+        deviation = None
+        if len(numbers) > 1:  # that of what diverged is not a number either
+            deviation = statistics.stdev(numbers) if all(map(math.isfinite, numbers)) else math.nan
         return cls(statistics.fmean(numbers), deviation, dict(values))
 
     def __str__(self) -> str:

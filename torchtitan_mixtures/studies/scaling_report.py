@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -140,13 +141,15 @@ def fit_all(done: Sequence[Row]) -> dict[str, dict[str, Fitted]]:
 def panels(done: Sequence[Row], fits: Fits) -> list[Panel]:
     """Lay the runs out, a dot each, with their laws and the intervals of those.
 
-    What is not above 0 has no place on a logarithmic axis and is left out.
+    What is not above 0, or no number, has no place on a logarithmic axis and is left out.
     """
     result = []
     for axis in AXES:
         lines = []
         for label, rows in by_label(done).items():
-            samples = [s for s in samples_of(rows, axis) if min(s.x, s.y) > 0]
+            samples = [
+                s for s in samples_of(rows, axis) if math.isfinite(s.y) and min(s.x, s.y) > 0
+            ]
             dots = [Point(sample.x, sample.y) for sample in sorted(samples, key=lambda s: s.x)]
             if dots:
                 lines.append(Line(label, dots, is_joined=False))
