@@ -65,6 +65,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         parser.error(f"--world-size {options.world_size}: must be 1 or more")
     if options.sweep and options.world_size is None:
         parser.error("--sweep: needs --world-size")
+    if options.sweep and options.rank is not None:
+        parser.error("--rank: does not go with --sweep")
+    if any(key == "--config" or key.startswith(("--config=", "--job.config")) for key in others):
+        parser.error("--config: the configuration is the first argument, and there is one")
     if options.out is not None and not options.sweep:
         parser.error("--out: goes with --sweep")
     if not 0 <= options.reserve < math.inf:
@@ -114,7 +118,7 @@ def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) 
     usable = device.memory - reserve
     text = (
         f"{plan.memory.peak / GIB:.1f} GiB of rank {plan.rank} do not fit in the "
-        f"{usable / GIB:.0f} GiB of {device.name} that are not reserved."
+        f"{usable / GIB:.1f} GiB of {device.name} that are not reserved."
     )
     remedy = find_remedy(arguments, plan, device, reserve, say)
     if remedy is not None:
@@ -123,8 +127,8 @@ def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) 
         return f"{text} It fits ({peak:.1f} GiB) with {ranks}{shlex.join(remedy.overrides)}"
     needed = fewest_ranks_for_state(plan, device, reserve)
     return (
-        f"{text} No small change helps; parameters, gradients and optimizer state alone need "
-        f"{needed} ranks. Try --sweep with more, or a device with more memory."
+        f"{text} No change that was tried helps; parameters, gradients and optimizer state alone "
+        f"need {needed} ranks. Try --sweep with as many or more, or a device with more memory."
     )
 
 

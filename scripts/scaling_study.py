@@ -63,7 +63,7 @@ def run(out: Path, study: Study, runs: Sequence[Run], jobs: int) -> int:
     say = partial(print, flush=True)
     leave_on_sigterm()
     with only_one(out) as lock:
-        note_settings(out, settings_of(study, runs))
+        note_settings(out, settings_of(study, runs), changeable=["metric"])
         processes = Processes(out / "logs", [lock])
         commands = {one.name: command_of(out, one, study, LAUNCHER) for one in runs}
         failures = run_all(out, runs, study.metric, commands, processes, jobs, say)

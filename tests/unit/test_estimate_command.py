@@ -82,6 +82,10 @@ def test_what_does_not_fit_is_an_exit_code_and_a_remedy(estimate):
         ((DEBUG, "--world-size", 2, "--rank", 2), "--rank 2: must be from 0 to 1"),
         ((DEBUG, "--world-size", 0), "--world-size 0: must be 1 or more"),
         ((DEBUG, "--sweep"), "--sweep: needs --world-size"),
+        ((DEBUG, "--sweep", "--world-size", 2, "--rank", 1), "--rank: does not go with --sweep"),
+        ((DEBUG, "--config", DEBUG), "--config: the configuration is the first argument"),
+        ((DEBUG, "--parallelism.tensor_parallel_degree=2"), "--world-size: is missing"),
+        ((DEBUG, "--optimizer.early_step_in_backward"), "optimizer.early_step_in_backward = true"),
         ((DEBUG, "--reserve", "-1"), "--reserve -1.0: must be a number of GiB"),
     ],
 )

@@ -278,6 +278,17 @@ def test_an_interrupt_ends_what_runs_and_is_no_failure(tmp_path, monkeypatch):
     assert not any("FAILED" in line for line in said)
 
 
+def test_another_metric_is_no_other_study(tmp_path):
+    study = read_study(LADDER)
+    settings = scaling_runs.settings_of(study, some_runs("a"))
+    note_settings(tmp_path, settings, changeable=["metric"])
+    mended = settings | {"metric": {"tag": "validation/unseen_style/loss", "last": 1}}
+    note_settings(tmp_path, mended, changeable=["metric"])
+    assert json.loads((tmp_path / "protocol.json").read_text()) == mended
+    with pytest.raises(ValueError, match=r"'metric\.tag': 'validation/unseen_style/loss'"):
+        note_settings(tmp_path, settings)
+
+
 def test_a_folder_refuses_a_study_that_differs_and_names_in_what(tmp_path):
     study = read_study(LADDER)
     note_settings(tmp_path, scaling_runs.settings_of(study, some_runs("a", "b")))

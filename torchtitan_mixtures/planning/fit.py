@@ -15,7 +15,7 @@ from torchtitan_mixtures.planning.world import world_size_in_environment
 RESERVE = 6 * GIB
 """What is left to CUDA, NCCL and what an allocator cannot use of what it holds, unless said."""
 
-MAX_BUILDS = 4
+MAX_BUILDS = 6
 """Remedies that are built, the nearest first, before none is named."""
 
 
@@ -76,8 +76,8 @@ def find_remedy(
 ) -> Remedy | None:
     """Find the nearest change that makes a job fit, by building what may.
 
-    Nearest is first to recompute more, then smaller microbatches of the same batch, then both, then
-    more tensor parallelism, then more ranks.
+    Nearest is to deal replicas of the model out to their ranks, then to recompute more, then
+    smaller microbatches of the same batch, both, more tensor parallelism, and more ranks.
 
     Args:
         arguments: The command line of training.
@@ -116,6 +116,9 @@ def _changes(
         job_config = parse_planned_job(arguments).config
     world, usable = plan.world_size, device.memory - reserve
     state = state_bytes(plan.memory)
+    shards = "--parallelism.data_parallel_shard_degree=-1"
+    if job_config.parallelism.data_parallel_replicate_degree > 1:
+        yield ("--parallelism.data_parallel_replicate_degree=1", shards), world
     if state < usable:
         yield from ((overrides, world) for overrides in _without_ranks(job_config, plan))
     degree = job_config.parallelism.tensor_parallel_degree
@@ -123,14 +126,13 @@ def _changes(
     while degree < device.of_a_node:
         degree *= 2
         tensor = f"--parallelism.tensor_parallel_degree={degree}"
-        shards = "--parallelism.data_parallel_shard_degree=-1"
         if world % degree == 0 and state < usable:
             yield (*filter(None, most), tensor, shards), world
     # Each rank holds less of the state the more there are.
     times = 2 ** max(1, math.ceil(math.log2(state / usable)))
     for more in (times, 2 * times):
-        yield ("--parallelism.data_parallel_shard_degree=-1",), world * more
-        yield (*filter(None, most), "--parallelism.data_parallel_shard_degree=-1"), world * more
+        yield (shards,), world * more
+        yield (*filter(None, most), shards), world * more
 
 
 def _without_ranks(job_config: MixtureJobConfig, plan: Plan) -> Iterator[tuple[str, ...]]:

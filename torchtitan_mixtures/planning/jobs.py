@@ -50,6 +50,11 @@ def _check(job_config: MixtureJobConfig) -> AssumedImages | None:
         layout_checks.check_layout(job_config, args)
         check_towers(job_config, args)
         check_converters(job_config, args)
+    if job_config.optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true: the planner lets the optimizer step after "
+            "the backward pass, which needs more; set it to false."
+        )
     if job_config.training.enable_cpu_offload:
         raise ValueError(
             "training.enable_cpu_offload = true: the planner does not tell the host's memory from "
@@ -61,10 +66,11 @@ def _check(job_config: MixtureJobConfig) -> AssumedImages | None:
 
 
 def fewest_ranks(arguments: Sequence[str]) -> int:
-    """Multiply the degrees of a job's layout, those that take what is left counted as one rank.
+    """Multiply the degrees of a job's layout; a job that names none has one rank.
 
     Raises:
-        ValueError: As `parse_planned_job`, for what does not depend on the number of ranks.
+        ValueError: One of several degrees is to take what is left of a number that nobody said. Or
+            as `parse_planned_job`, for what does not depend on the number of ranks.
     """
     config = parse_job(arguments, check_flavor).parallelism
     degrees = (
@@ -74,4 +80,10 @@ def fewest_ranks(arguments: Sequence[str]) -> int:
         config.context_parallel_degree,
         config.pipeline_parallel_degree,
     )
-    return math.prod(max(degree, 1) for degree in degrees)
+    ranks = math.prod(max(degree, 1) for degree in degrees)
+    if config.data_parallel_shard_degree < 1 and ranks > 1:
+        raise ValueError(
+            "--world-size: is missing, and parallelism.data_parallel_shard_degree = -1 takes what "
+            f"is left of it; say how many devices there are, a multiple of {ranks}."
+        )
+    return ranks

@@ -38,8 +38,8 @@ def format_plan(plan: Plan, times: Times, device: Device, reserve: int) -> str:
         _row(
             "peak",
             memory.peak,
-            f"of {usable / GIB:.0f} GiB ({device.memory / GIB:.0f} less a reserve of "
-            f"{reserve / GIB:.0f}): " + ("fits" if memory.peak <= usable else "DOES NOT FIT"),
+            f"of {usable / GIB:.1f} GiB ({device.memory / GIB:.0f} less a reserve of "
+            f"{reserve / GIB:.1f}): " + ("fits" if memory.peak <= usable else "DOES NOT FIT"),
         ),
         f"{'batch':<16} {plan.samples:,} samples, {plan.tokens:,} positions a step; "
         f"{plan.microbatches} microbatches a rank",

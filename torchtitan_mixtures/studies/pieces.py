@@ -183,15 +183,22 @@ def only_one(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def note_settings(folder: Path, settings: dict[str, Any]) -> None:
+def note_settings(folder: Path, settings: dict[str, Any], changeable: Sequence[str] = ()) -> None:
     """Write what a study was begun with into its folder.
+
+    Args:
+        folder: Of the study.
+        settings: Of the study.
+        changeable: Keys of settings that trained nothing, and may be others than before.
 
     Raises:
         ValueError: The folder holds a study of other settings; names those that differ.
     """
     path = folder / SETTINGS_NAME
     settings = json.loads(json.dumps(settings))  # as it would be read
-    if path.exists() and (theirs := json.loads(path.read_text())) != settings:
+    theirs = json.loads(path.read_text()) if path.exists() else settings
+    theirs = theirs | {key: settings[key] for key in changeable}
+    if theirs != settings:
         theirs, ours = _flatten(theirs), _flatten(settings)
         keys = [key for key in {**theirs, **ours} if theirs.get(key, ...) != ours.get(key, ...)]
         more = f" and {len(keys) - _NAMED} more settings" if len(keys) > _NAMED else ""

@@ -49,6 +49,15 @@ def test_smaller_microbatches_keep_the_batch(plan):
     assert remedy.plan.memory.peak < full.memory.peak
 
 
+def test_replicas_are_dealt_out_before_there_are_more_ranks():
+    job = [*JOB, "--parallelism.data_parallel_replicate_degree=2"]
+    replicas = plan_step(job, 2)
+    remedy = find_remedy(job, replicas, device(replicas.memory.peak - 1), 0)
+    assert remedy is not None
+    assert remedy.world_size == 2
+    assert remedy.plan.degrees == {"dp_shard": 2}
+
+
 def test_more_ranks_help_where_the_state_alone_is_too_much(plan):
     memory = plan.memory
     state = memory.parameters + memory.gradients + memory.optimizer_state
