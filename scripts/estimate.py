@@ -29,7 +29,8 @@ from torchtitan_mixtures.planning.fit import (
     fewest_ranks_for_state,
     find_remedy,
     fits,
-    plan_heaviest,
+    heaviest,
+    plan_deciding,
 )
 from torchtitan_mixtures.planning.jobs import fewest_ranks
 from torchtitan_mixtures.planning.report import as_table, format_plan
@@ -94,23 +95,25 @@ def estimate(options: argparse.Namespace, arguments: Sequence[str], device: Devi
     world_size = options.world_size or fewest_ranks(arguments)
     reserve = round(options.reserve * GIB)
     if options.rank is None:
-        plan = plan_heaviest(arguments, world_size)
+        plans = plan_deciding(arguments, world_size)
     else:
-        plan = plan_step(arguments, world_size, options.rank)
-    show(options, plan, device, reserve)
+        plans = [plan_step(arguments, world_size, options.rank)]
+    plan = heaviest(plans)
+    show(options, plans, device, reserve)
     if fits(plan, device, reserve):
         return 0
     say(f"error: {missing(arguments, plan, device, reserve)}")
     return 1
 
 
-def show(options: argparse.Namespace, plan: Plan, device: Device, reserve: int) -> None:
-    """Print a plan."""
-    times = step_times(plan, device)
+def show(options: argparse.Namespace, plans: Sequence[Plan], device: Device, reserve: int) -> None:
+    """Print what the rank that needs most needs, and how long the slowest takes."""
+    plan, slowest = heaviest(plans), max(plans, key=lambda each: step_times(each, device).step)
+    times = step_times(slowest, device)
     if options.json:
         print(json.dumps(as_table(plan, times, device, reserve), indent=1))
     else:
-        print(format_plan(plan, times, device, reserve))
+        print(format_plan(plan, times, device, reserve, slowest.rank))
 
 
 def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) -> str:

@@ -52,19 +52,23 @@ def fits(plan: Plan, device: Device, reserve: int = RESERVE) -> bool:
     return plan.memory.peak <= device.memory - reserve
 
 
-def plan_heaviest(arguments: Sequence[str], world_size: int) -> Plan:
-    """Plan the rank that needs most.
+def plan_deciding(arguments: Sequence[str], world_size: int) -> list[Plan]:
+    """Plan the ranks that decide what a layout needs and how long it takes.
 
-    All ranks need the same but those of a pipeline. There the first ones hold most microbatches,
-    the first and the last may have fewer layers than others, and one of these has the logits; so
+    All ranks are alike but those of a pipeline. There the first ones hold most microbatches, the
+    first and the last may have fewer layers than others, and the last of 1F1B has the logits; so
     the first two ranks and the last one are planned.
     """
     plan = plan_step(arguments, world_size)
     stages = plan.degrees.get("pp", 1)
     of_a_stage = world_size // stages
     others = sorted({1, stages - 1} - {0}) if stages > 1 else []
-    plans = [plan, *(plan_step(arguments, world_size, of_a_stage * stage) for stage in others)]
-    return max(plans, key=lambda each: each.memory.peak)
+    return [plan, *(plan_step(arguments, world_size, of_a_stage * stage) for stage in others)]
+
+
+def heaviest(plans: Sequence[Plan]) -> Plan:
+    """The plan of the rank that needs most memory."""
+    return max(plans, key=lambda plan: plan.memory.peak)
 
 
 def find_remedy(
@@ -102,7 +106,7 @@ def find_remedy(
         remedy = f"{world_size} ranks {' '.join(overrides)}"
         progress(f"does it fit with {remedy}?")
         builds += 1
-        found = plan_heaviest(changed, world_size)
+        found = heaviest(plan_deciding(changed, world_size))
         if fits(found, device, reserve):
             return Remedy(overrides, world_size, found)
     return None

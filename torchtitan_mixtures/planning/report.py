@@ -23,8 +23,18 @@ def layout(degrees: Mapping[str, int]) -> str:
     return " x ".join(parts) or "1 process"
 
 
-def format_plan(plan: Plan, times: Times, device: Device, reserve: int) -> str:
-    """Write a plan as a table and the lines of its time."""
+def format_plan(
+    plan: Plan, times: Times, device: Device, reserve: int, slowest: int | None = None
+) -> str:
+    """Write a plan as a table and the line of its time.
+
+    Args:
+        plan: Of the rank that needs most.
+        times: Of the slowest rank.
+        device: What it runs on.
+        reserve: Bytes that must be left free.
+        slowest: The slowest rank; None: the planned one.
+    """
     memory, usable = plan.memory, device.memory - reserve
     lines = [
         f"{plan.family} {plan.flavor}, {plan.world_size} x {device.name}: {layout(plan.degrees)} "
@@ -44,8 +54,7 @@ def format_plan(plan: Plan, times: Times, device: Device, reserve: int) -> str:
         f"{'batch':<16} {plan.samples:,} samples, {plan.tokens:,} positions a step; "
         f"{plan.microbatches} microbatches a rank",
         f"{'FLOPs':<16} {plan.model_flops:,} a position (the family's formula); "
-        f"{plan.flops:.3e} a rank and step as run, "
-        f"{plan.flops * plan.world_size / (plan.model_flops * plan.tokens):.2f} x that",
+        f"{plan.flops:.3e} of this rank in a step as run{_overhead(plan)}",
     ]
     for name, number in sorted(plan.sent.items(), key=lambda item: -item[1]):
         kinds = ", ".join(f"{count} {kind}" for kind, count in plan.calls.get(name, {}).items())
@@ -53,7 +62,7 @@ def format_plan(plan: Plan, times: Times, device: Device, reserve: int) -> str:
         lines.append(_row(f"sent over {LINKS.get(name, name)}", number, note))
     if "pp" in plan.degrees:
         lines.append(f"{'bubble':<16} {plan.bubble:.1%} of the time")
-    lines.append(_step_line(plan, times))
+    lines.append(_step_line(plan, times, plan.rank if slowest is None else slowest))
     return "\n".join(lines)
 
 
@@ -78,8 +87,16 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
 
 
-def _step_line(plan: Plan, times: Times) -> str:
+def _overhead(plan: Plan) -> str:
+    """Say how much more runs than the formula has; ranks of a pipeline have unequal shares."""
+    if "pp" in plan.degrees:
+        return ""
+    return f", {plan.flops * plan.world_size / (plan.model_flops * plan.tokens):.2f} x that"
+
+
+def _step_line(plan: Plan, times: Times, slowest: int) -> str:
     """Write the time of a step in one line."""
+    rank = "" if slowest == plan.rank else f" (rank {slowest})"
     parts = [f"compute {times.compute:.3g} s", f"memory {times.memory:.3g} s"]
     if times.bubble:
         parts.append(f"bubble {times.bubble:.3g} s")
@@ -87,7 +104,8 @@ def _step_line(plan: Plan, times: Times) -> str:
         beside = "" if name in EXPOSED else " beside"
         parts.append(f"{LINKS[name]} {seconds:.3g} s{beside}")
     return (
-        f"{'step':<16} at least {times.step:.3g} s, {plan.tokens / times.step:,.0f} positions/s, "
+        f"{'step':<16} at least {times.step:.3g} s{rank}, "
+        f"{plan.tokens / times.step:,.0f} positions/s, "
         f"{times.utilization:.0%} of the peak in {plan.precision}; "
         f"bound by {times.limit} ({', '.join(parts)})"
     )

@@ -6,7 +6,7 @@ import pytest
 
 from tests.jobs import TRAIN_CONFIGS
 from torchtitan_mixtures.planning.devices import DEVICES, GIB
-from torchtitan_mixtures.planning.fit import MAX_BUILDS, find_remedy, fits, plan_heaviest
+from torchtitan_mixtures.planning.fit import MAX_BUILDS, find_remedy, fits, heaviest, plan_deciding
 from torchtitan_mixtures.planning.step import plan_step
 
 MIB = 2**20
@@ -74,9 +74,13 @@ def test_where_nothing_helps_it_gives_up_after_a_few_builds(plan):
     assert len(told) <= MAX_BUILDS
 
 
-def test_of_a_pipeline_the_end_that_needs_more_is_planned():
-    flags = ["--parallelism.pipeline_parallel_degree=2",
+def test_of_a_pipeline_its_ends_and_what_lies_between_are_planned():
+    flags = ["--parallelism.pipeline_parallel_degree=4",
              "--parallelism.pipeline_parallel_schedule=1F1B"]  # fmt: skip
-    ends = [plan_step([*JOB, *flags], 2, rank) for rank in (0, 1)]
-    heaviest = plan_heaviest([*JOB, *flags], 2)
-    assert heaviest == max(ends, key=lambda plan: plan.memory.peak)
+    plans = plan_deciding([*JOB, *flags], 8)
+    assert [plan.rank for plan in plans] == [0, 2, 6]
+    assert heaviest(plans).memory.peak == max(plan.memory.peak for plan in plans)
+    # The first holds most microbatches, the second has more layers than the ends.
+    assert heaviest(plans) is plans[0]
+    assert max(plans, key=lambda plan: plan.flops) is plans[1]
+    assert [plan.rank for plan in plan_deciding(JOB, 2)] == [0]

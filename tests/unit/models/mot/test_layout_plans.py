@@ -10,8 +10,8 @@ import pytest
 from tests.gang import run_ranks
 from tests.jobs import TRAIN_CONFIGS
 from torchtitan_mixtures.planning.devices import GIB, find_device
-from torchtitan_mixtures.planning.fit import fewest_ranks_for_state, fits, plan_heaviest
-from torchtitan_mixtures.planning.step import Plan
+from torchtitan_mixtures.planning.fit import fewest_ranks_for_state, fits
+from torchtitan_mixtures.planning.step import Plan, plan_step
 from torchtitan_mixtures.planning.timing import step_times
 
 LARGE = sorted(path.stem for path in (TRAIN_CONFIGS / "mot").glob("*B_*.toml"))
@@ -62,7 +62,7 @@ def too_few(config):
 
 def make_plan(config, row):
     path = TRAIN_CONFIGS / "mot" / f"{config}.toml"
-    return plan_heaviest([f"--config={path}", *row.overrides], row.count)
+    return plan_step([f"--config={path}", *row.overrides], row.count)
 
 
 def check(config, row) -> Plan:
