@@ -12,13 +12,17 @@ import argparse
 import json
 import logging
 import math
+import os
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-# First: it points TorchTitan at the CPU if need be, and registers the families.
+# Before the package looks for a device: a plan needs none, and is the same on every machine.
+os.environ["TORCHTITAN_MIXTURES_DEVICE"] = "cpu"
+
+# First: it points TorchTitan at the CPU, and registers the families.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 from torchtitan.tools.logging import logger

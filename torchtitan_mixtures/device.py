@@ -30,6 +30,10 @@ from typing import Any
 import torch
 from torch import _utils
 
+DEVICE = "TORCHTITAN_MIXTURES_DEVICE"
+"""Environment variable that leaves accelerators alone if it is "cpu", set before the package is
+imported: plans are made on the CPU of whatever machine there is."""
+
 
 class CpuModule(types.ModuleType):
     """The part of `torch.cuda`'s interface that TorchTitan uses, for the CPU."""
@@ -72,7 +76,9 @@ class CpuModule(types.ModuleType):
 
 
 def has_accelerator() -> bool:
-    """Say whether PyTorch sees an accelerator on this machine."""
+    """Say whether there is an accelerator to run on: PyTorch sees one, and it may be used."""
+    if os.environ.get(DEVICE) == "cpu":
+        return False
     return _utils._get_available_device_type() is not None
 
 

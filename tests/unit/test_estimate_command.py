@@ -23,6 +23,7 @@ def estimate(monkeypatch, capsys):
     """Run the command in this process: exit code, standard output and error."""
 
     def run(*arguments):
+        monkeypatch.setenv("TORCHTITAN_MIXTURES_DEVICE", "cpu")  # the script's own, taken back
         monkeypatch.setattr(sys, "argv", ["estimate.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -48,6 +49,19 @@ def test_a_plan_is_printed_and_nothing_else():
     assert "fits" in result.stdout
     assert len([line for line in lines if line.startswith("step ")]) == 1
     assert re.search(r"^step .* bound by (compute|memory|link \(\w+\))", lines[-1])
+
+
+def test_a_machine_with_an_accelerator_plans_on_its_cpu():
+    code = (
+        "import runpy, sys; import torch._utils as utils; "
+        "utils._get_available_device_type = lambda: 'mps'; "
+        f"sys.argv = ['estimate.py', {str(DEBUG)!r}, '--world-size', '2', *{SMALL!r}]; "
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("mot debugmodel, 2 x h100-80g: FSDP 2")
 
 
 def test_numbers_for_programs_are_those_of_the_plan(estimate):
