@@ -27,6 +27,7 @@ class Row(NamedTuple):
     overrides: list[str]
     peak: float
     seconds: float
+    tokens: int | None = None
 
 
 def text_of(config):
@@ -42,11 +43,17 @@ def own_row(config):
 
 
 def other_rows(config):
-    said = r"^# +(\d+): (.+): ([\d.]+) GiB ([\d.]+) s$"
+    said = r"^# +(\d+): (.+): ([\d.]+) GiB ([\d.]+) s (\d+) tokens$"
     found = re.findall(said, text_of(config).replace(",", ""), flags=re.MULTILINE)
     return [
-        Row(int(count), [] if changes == "as it is" else changes.split(), float(peak), float(time))
-        for count, changes, peak, time in found
+        Row(
+            int(count),
+            [] if changes == "as it is" else changes.split(),
+            float(peak),
+            float(time),
+            int(tokens),
+        )
+        for count, changes, peak, time, tokens in found
     ]
 
 
@@ -69,6 +76,7 @@ def check(config, row) -> Plan:
     (plan,) = run_ranks(make_plan, 1, config, row, timeout=300, init=False)
     assert row.peak == pytest.approx(plan.memory.peak / GIB, abs=0.06)
     assert row.seconds == pytest.approx(step_times(plan, DEVICE).step, rel=0.01, abs=0.006)
+    assert row.tokens in (None, plan.tokens)
     assert fits(plan, DEVICE)
     return plan
 
