@@ -51,9 +51,9 @@ def format_plan(
             f"of {usable / GIB:.1f} GiB ({device.memory / GIB:.0f} less a reserve of "
             f"{reserve / GIB:.1f}): " + ("fits" if memory.peak <= usable else "DOES NOT FIT"),
         ),
-        f"{'batch':<16} {plan.samples:,} samples, {plan.tokens:,} positions a step; "
+        f"{'batch':<16} {plan.samples:,} samples, {plan.tokens:,} {_unit(plan)}s a step; "
         f"{plan.microbatches} microbatches a rank",
-        f"{'FLOPs':<16} {plan.model_flops:,} a position (the family's formula); "
+        f"{'FLOPs':<16} {plan.model_flops:,} per {_unit(plan)} (the family's formula); "
         f"{plan.flops:.3e} of this rank in a step as run{_overhead(plan)}",
     ]
     for name, number in sorted(plan.sent.items(), key=lambda item: -item[1]):
@@ -87,6 +87,11 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
 
 
+def _unit(plan: Plan) -> str:
+    """What FLOPs are counted of: positions, or whole images of a classifier."""
+    return "image" if plan.tokens == plan.samples else "position"
+
+
 def _overhead(plan: Plan) -> str:
     """Say how much more runs than the formula has; ranks of a pipeline have unequal shares."""
     if "pp" in plan.degrees:
@@ -105,7 +110,7 @@ def _step_line(plan: Plan, times: Times, slowest: int) -> str:
         parts.append(f"{LINKS[name]} {seconds:.3g} s{beside}")
     return (
         f"{'step':<16} at least {times.step:.3g} s{rank}, "
-        f"{plan.tokens / times.step:,.0f} positions/s, "
+        f"{plan.tokens / times.step:,.0f} {_unit(plan)}s/s, "
         f"{times.utilization:.0%} of the peak in {plan.precision}; "
         f"bound by {times.limit} ({', '.join(parts)})"
     )
