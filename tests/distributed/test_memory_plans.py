@@ -23,13 +23,12 @@ def benchmark():
         sys.path.remove(str(ROOT / "scripts"))
 
 
-def check(real: Measured, plan: Memory, peak: float = 0.1) -> None:
-    """Compare; what gloo has yet to send is in the peak, more of it on a busy machine."""
+def check(real: Measured, plan: Memory) -> None:
     for name in ("parameters", "gradients", "optimizer_state"):
         assert getattr(plan, name) == pytest.approx(getattr(real, name), rel=0.01), name
     if real.activations is not None:
-        assert plan.activations == pytest.approx(real.activations, rel=0.1)
-    assert plan.peak == pytest.approx(real.peak, rel=peak)
+        assert plan.activations == pytest.approx(real.activations, rel=0.05)
+    assert plan.peak == pytest.approx(real.peak, rel=0.05)
 
 
 @pytest.mark.parametrize(("family", "layout"), QUICK)
@@ -41,7 +40,7 @@ def test_a_plan_says_what_a_rank_allocates(family, layout, benchmark):
 def test_plans_of_all_cases_of_the_readme_say_what_ranks_allocate(benchmark):
     for family, layout in benchmark.CASES:
         if (family, layout) not in QUICK:
-            check(*benchmark.compare(family, layout), peak=0.12)
+            check(*benchmark.compare(family, layout))
 
 
 def test_every_case_of_the_table_is_a_job_of_its_own(benchmark):
