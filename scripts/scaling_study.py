@@ -4,9 +4,10 @@ Trains what the study's file says, one run after another, each through torchrun,
 scalars (`scalars.csv`), a row for each run (`runs.csv`), power laws with their 95 % intervals
 (`report.md`, `report.json`), and a chart over parameters, compute and time (`chart.png`).
 
-Everything is checked before anything runs. A study can be stopped at any moment, which ends its
-runs too, and goes on with the same command. A run that fails is reported and the rest goes on; the
-exit code is then 1, and the same command tries it again. `studies/mot_ladder.toml` is an example.
+Every run is checked before the first begins; whether the metric's tag is logged shows after it.
+A study can be stopped at any moment, which ends its runs too, and goes on with the same command. A
+run that fails is reported and the rest goes on; the exit code is then 1, and the same command tries
+it again. `studies/mot_ladder.toml` is an example.
 
 - `--dry-run` says what would run, and what it holds and costs.
 - `--report` reports what is done so far, also while the study is under way.

@@ -11,7 +11,6 @@ command line of `torchtitan_mixtures.train`.
 import contextlib
 import dataclasses
 import io
-import os
 import re
 import tempfile
 import tomllib
@@ -27,6 +26,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan_mixtures.config_values import check_table
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
+from torchtitan_mixtures.planning.world import world_size_in_environment
 from torchtitan_mixtures.train import parse_job
 
 OWN_KEYS = (
@@ -291,20 +291,17 @@ def _plan_run(path: Path, study: Study, entry: Entry, flavor: str, seed: int) ->
 
 def _parse(arguments: Sequence[str], num_processes: int) -> MixtureJobConfig:
     """Parse and check a training's arguments for so many processes."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(num_processes)
     printed = io.StringIO()
     try:
         # An empty folder: what a run goes on from is its own to check. Warnings are in its log.
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(printed):
+        with (
+            world_size_in_environment(num_processes),
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stderr(printed),
+        ):
             job = parse_job([*arguments, f"--job.dump_folder={folder}"])
     except SystemExit:  # how the command line's parser refuses what it does not know
         raise ValueError(_refusal(printed.getvalue())) from None
-    finally:
-        if before is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = before
     if job.nested.same_flops:
         lengthen_to_same_flops(job)
     return job
