@@ -261,7 +261,7 @@ def build_datasets_source(
 
 def _readers(count: int, config: Multimodal, split: str, image_size: int) -> list[SampleReader]:
     """Readers of all shards of one process, which are judged together."""
-    judge = SampleJudge(config, split)
+    judge = SampleJudge(config.max_bad_fraction, f'split "{split}"')
     return [SampleReader(config, split, image_size, judge) for _ in range(count)]
 
 

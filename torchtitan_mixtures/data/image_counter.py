@@ -21,7 +21,7 @@ class BrokenImageCounter:
     """
 
     def __init__(self, config: Multimodal, split: str, num_images: int) -> None:
-        self._judge = SampleJudge(config, split)
+        self._judge = SampleJudge(config.max_bad_fraction, f'split "{split}"')
         self._counts = self._judge.new_counts()
         self._num_images = num_images
         self._broken: set[str] = set()  # keys

@@ -41,11 +41,15 @@ class SampleJudge:
     judged at every bad sample once `MIN_SAMPLES` were seen, and whenever the shards have ended an
     epoch each on average: a shard alone may be too small to tell. If none of those epochs had a
     good sample, that stops the run whatever the limit.
+
+    Args:
+        max_bad_fraction: The limit.
+        name: What messages call what the samples are of.
     """
 
-    def __init__(self, config: Multimodal, split: str) -> None:
-        self._limit = config.max_bad_fraction
-        self._split = split
+    def __init__(self, max_bad_fraction: float, name: str) -> None:
+        self._limit = max_bad_fraction
+        self._name = name
         self._counts: list[SampleCounts] = []  # of each shard
         self._num_ended = 0  # epochs of shards since the last judgement
         self._num_good = 0  # samples in those
@@ -89,7 +93,7 @@ class SampleJudge:
         seen, bad = self._totals()
         keys = [key for counts in self._counts for key in counts.bad_keys][:_MAX_KEYS]
         return (
-            f'{bad} of {seen} samples ({bad / seen:.2%}) of split "{self._split}" are bad; '
+            f"{bad} of {seen} samples ({bad / seen:.2%}) of {self._name} are bad; "
             f"multimodal.max_bad_fraction = {self._limit} allows {int(self._limit * seen)} of so "
             f"many. Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
             "Repair the data, or raise the limit."

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 class Segment:
     """One stretch of a document in one modality.
 
-    `payload` is a string (text), a `(size, size, 3)` uint8 array (an image that is not encoded yet)
-    or a `(codes,)` int64 array (already encoded: codes of the modality's own tokenizer, from 0).
+    `payload` is a string (text), a `(size, size, 3)` uint8 array (an image that is not encoded
+    yet), a `(samples,)` float32 array (sound that is not, at the tokenizer's rate) or a `(codes,)`
+    integer array (already encoded: codes of the modality's own tokenizer, from 0).
     """
 
     modality: str
     payload: str | NDArray[Any]
+    has_loss: bool = True
+    """False: the model sees it and is not trained to predict it, nor its sentinels."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Document:
 
     segments: tuple[Segment, ...]
     key: str
+    is_pair: bool = False
+    """Says and shows (or sounds) one thing: a text and what it is about, whose order is free."""
 
 
 class Shard(Protocol):
@@ -57,6 +62,18 @@ class Shard(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start from a state that this shard of a source of the same fingerprint gave."""
+        ...
+
+    def reject(self, document: Document, error: ValueError) -> None:
+        """Count a document that was yielded as a bad one: it cannot be encoded.
+
+        Raises:
+            ValueError: Too many are bad, or none may be.
+        """
+        ...
+
+    def progress(self) -> dict[str, float]:
+        """What to report: `epochs` begun or a part of one, `samples` seen, `bad` ones of them."""
         ...
 
 
@@ -167,6 +184,19 @@ class IndexedShard:
     def end_epoch(self) -> None:
         """Called when this shard has taken its last place of an epoch."""
 
+    def reject(self, document: Document, error: ValueError) -> None:
+        """See `Shard.reject`: nothing of an own corpus may be bad."""
+        raise error
+
+    def progress(self) -> dict[str, float]:
+        """See `Shard.progress`."""
+        places = self._index + self._num_taken * self._count
+        return {
+            "epochs": places / self._source.num_documents,
+            "samples": self._num_taken,
+            "bad": 0,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """See `Shard.state_dict`."""
         return {"num_taken": self._num_taken}
@@ -176,10 +206,41 @@ class IndexedShard:
         self._num_taken = state["num_taken"]
 
 
-def caption_and_image(rng: random.Random, caption: str, image: NDArray[Any]) -> tuple[Segment, ...]:
+@dataclass(frozen=True)
+class PairOrder:
+    """How a text and what it is about follow each other.
+
+    Attributes:
+        caption_first: Share of pairs whose text comes first.
+        condition_dropout: Share of those that lose the text, so that the model learns what is to be
+            seen if nothing is said. Guidance needs it.
+    """
+
+    caption_first: float = 0.5
+    condition_dropout: float = 0.0
+
+    def arrange(
+        self, rng: random.Random, caption: Segment, *others: Segment
+    ) -> tuple[Segment, ...]:
+        """Order a text and what it is about.
+
+        Args:
+            rng: Drawn from once, and once more if there is dropout.
+            caption: The text.
+            others: What it is about.
+        """
+        caption_first = rng.random() < self.caption_first
+        is_dropped = self.condition_dropout > 0 and rng.random() < self.condition_dropout
+        if not caption_first:
+            return (*others, caption)
+        return others if is_dropped else (caption, *others)
+
+
+def caption_and_image(
+    rng: random.Random, caption: str, image: NDArray[Any], order: PairOrder = PairOrder()
+) -> tuple[Segment, ...]:
     """Segments that say and show one thing, the text first or the image first."""
-    segments = (Segment("text", caption), Segment("image", image))
-    return segments if rng.random() < 0.5 else segments[::-1]
+    return order.arrange(rng, Segment("text", caption), Segment("image", image))
 
 
 def build_source(
