@@ -100,6 +100,9 @@ def parse_entries(key: str, tables: Any, validates: bool = False) -> list[Source
 def _parse_entry(key: str, table: dict[str, Any], validates: bool) -> SourceEntry:
     table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     check_table(SourceEntry, table, f"{key}.")
+    for required in ("name", "kind"):
+        if required not in table:
+            raise ValueError(f"{key} has no {required!r}: {table}; add it.")
     entry = SourceEntry(**table)
     known = entry.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
     rules = {
