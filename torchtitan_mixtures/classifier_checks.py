@@ -19,6 +19,8 @@ TOKEN_KEYS = (
     *("caption_column", "scene_fraction", "max_pairs", "shards", "reset_positions"),
     *("text_tokenizer", "image_tokenizer", "speech_tokenizer"),
     *("text_weight", "image_weight", "speech_weight"),
+    *("sources", "validation_sources", "caption_first", "condition_dropout"),
+    *("packing", "long_documents"),
 )
 """Keys of `[multimodal]` that are about documents of tokens."""
 

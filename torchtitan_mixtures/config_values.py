@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from typing import Annotated, Any, Literal, Union
@@ -30,6 +31,28 @@ Numbers = Annotated[
     ),
 ]
 """A table from names to numbers; on the command line `name=number,name=number`."""
+
+
+def _parse_tables(text: str) -> list[dict[str, Any]]:
+    """Read a JSON list of tables from the command line."""
+    tables = json.loads(text)
+    if not isinstance(tables, list):
+        raise ValueError("expected a JSON list of objects")
+    return tables
+
+
+# Named by position, tyro could not add an entry on the command line.
+Tables = Annotated[
+    list[dict[str, Any]],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: _parse_tables(words[0]),
+        is_instance=lambda value: isinstance(value, list),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+"""An array of tables; on the command line a JSON list of objects."""
 
 
 def matches_type(value: Any, expected: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 NATS_TO_BITS = 1 / math.log(2)
 
@@ -43,3 +44,25 @@ def describe_losses(
 def describe_shares(shares: dict[str, float]) -> str:
     """Write shares for the console, each after two blanks: `  accuracy: 71.40%`."""
     return "".join(f"  {name}: {100 * share:.2f}%" for name, share in shares.items())
+
+
+def source_scalars(
+    names: Sequence[str], counts: Sequence[Mapping[str, float]], packed: Mapping[str, float]
+) -> dict[str, float]:
+    """Name what the sources of the data have given, and how full sequences are.
+
+    Args:
+        names: Of the sources.
+        counts: Of each source, see `MultimodalDataLoader.counts`.
+        packed: `tokens` and `positions` of the sequences.
+    """
+    scalars = {
+        f"data/{name}/{key}": number
+        for name, of_source in zip(names, counts, strict=True)
+        for key, number in of_source.items()
+    }
+    total = sum(of_source["tokens"] for of_source in counts)
+    for name, of_source in zip(names, counts, strict=True):
+        scalars[f"data/{name}/share"] = of_source["tokens"] / max(1.0, total)
+    scalars["data/fill_rate"] = packed["tokens"] / max(1.0, packed["positions"])
+    return scalars

@@ -23,8 +23,14 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.data.loader import MultimodalDataLoader
 from torchtitan_mixtures.job_config import MixtureJobConfig
-from torchtitan_mixtures.loss_report import bucket_scalars, describe_losses, describe_shares
+from torchtitan_mixtures.loss_report import (
+    bucket_scalars,
+    describe_losses,
+    describe_shares,
+    source_scalars,
+)
 from torchtitan_mixtures.media import Media, write_media, write_pictures
 from torchtitan_mixtures.objectives.classification_meter import ACCURACY
 from torchtitan_mixtures.objectives.meter import LossMeter
@@ -39,11 +45,13 @@ class MixtureMetricsProcessor(MetricsProcessor):
     Attributes:
         loss_meter: The loss's meter; the trainer sets it. None: no losses per bucket.
         further_scalars: What else the loss reports, of its last step; the trainer sets it.
+        loader: A loader that counts what its sources have given; the trainer sets it.
         picture_folder: Below it images are files too; the trainer sets it.
     """
 
     loss_meter: LossMeter | None = None
     further_scalars: Callable[[], dict[str, float]] = staticmethod(dict)
+    loader: MultimodalDataLoader | None = None
     picture_folder: Path | None = None
 
     def __init__(
@@ -134,6 +142,7 @@ class MixtureMetricsProcessor(MetricsProcessor):
         scalars |= self._describe_buckets(losses)
         scalars |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
         scalars |= self._tower_scalars()
+        scalars |= self._data_scalars()
         scalars |= extra_metrics
         self.logger.log(scalars, step)
         self._print(step, scalars, losses, norms)
@@ -294,6 +303,18 @@ class MixtureMetricsProcessor(MetricsProcessor):
         ratios = self._updates.finish() if self._updates is not None else {}
         scalars = {f"update_ratio/{tower}": ratio for tower, ratio in ratios.items()}
         return scalars | {f"lr/{tower}": rate for tower, rate in self._rates.items()}
+
+    def _data_scalars(self) -> dict[str, float]:
+        """What the sources of the data have given so far, over all ranks."""
+        if self.loader is None:
+            return {}
+        counts = self.loader.counts()
+        numbers = [number for of_source in counts for number in of_source.values()]
+        if self.parallel_dims.dp_enabled:
+            numbers = self._sum(numbers, "batch")
+        left = iter(numbers)
+        *of_sources, packed = [{key: next(left) for key in of_source} for of_source in counts]
+        return source_scalars(self.loader.source_names, of_sources, packed)
 
     def _warn_of_idle_towers(self, norms: dict[str, float]) -> None:
         job_config = cast(MixtureJobConfig, self.job_config)

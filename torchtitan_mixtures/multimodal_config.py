@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mixtures.config_values import Numbers, check_section
+from torchtitan_mixtures.config_values import Numbers, Tables, check_section
 
 ClassOf = Literal["group", "concept", "style", "style+group"]
 """What may be a class of the embedded corpus."""
@@ -15,8 +15,9 @@ ClassOf = Literal["group", "concept", "style", "style+group"]
 class Multimodal:
     """Where documents and images come from, how they become tokens, and what their tokens weigh."""
 
-    source: Literal["emoji", "datasets", "folder"] = "emoji"
+    source: Literal["emoji", "datasets", "folder", "mixture"] = "emoji"
     """`emoji`: the embedded corpus. `datasets`: anything that `datasets.load_dataset` opens.
+    `mixture`: for models over tokens, one or more `sources`.
     `folder`: for models of images, a folder with one folder of images per class, or the latents
     that `scripts/prepare_data.py encode-latents` wrote; for those with prompts, latents with
     captions."""
@@ -31,12 +32,18 @@ class Multimodal:
     data_files: list[str] = field(default_factory=list)
     """For `datasets`: files to read when `path` is a format (`parquet`, `json`, `webdataset`)."""
 
+    sources: Tables = field(default_factory=list)
+    """For `mixture`: what to train on, one [[multimodal.sources]] each; see `source_entries.py`."""
+
+    validation_sources: Tables = field(default_factory=list)
+    """For `mixture`: what `validation_splits` names, one [[multimodal.validation_sources]] each."""
+
     train_split: str = "train"
     """Split to train on."""
 
     validation_splits: list[str] = field(default_factory=lambda: ["unseen_concept", "unseen_style"])
     """Splits to validate on, each reported under its own name. Models with speech can have
-    `unseen_voice` of the embedded corpus too."""
+    `unseen_voice` of the embedded corpus too. For `mixture`: names of `validation_sources`."""
 
     streaming: bool = False
     """For `datasets`: read without downloading first. Shuffles in a buffer, not globally. Not for
@@ -63,6 +70,20 @@ class Multimodal:
     max_pairs: int = 3
     """For `emoji`: the most pairs of a caption and an image in one document; fewer are likelier.
     For a model with speech, a pair is a group of two or all three modalities of one concept."""
+
+    caption_first: float = 0.5
+    """For models over tokens: share of pairs whose caption comes before what it is about."""
+
+    condition_dropout: float = 0.0
+    """For models over tokens: share of pairs with the caption first that lose it in training."""
+
+    packing: Literal["best_fit", "greedy"] = "best_fit"
+    """How documents fill sequences. `best_fit`: out of a small buffer those that leave the least
+    room. `greedy`: in order, until one does not fit."""
+
+    long_documents: Literal["split", "drop"] = "split"
+    """What happens to documents longer than a sequence: `split` between segments (inside a text
+    only if that alone is too long, never inside an image), or `drop`. Both are counted."""
 
     text_tokenizer: str = "emoji"
     """`emoji`: the embedded vocabulary of 2,048. Else a folder with a `tokenizer.json`."""
@@ -156,7 +177,7 @@ class Multimodal:
 
     def __post_init__(self) -> None:
         check_section("multimodal", self)
-        for key in ("max_bad_fraction", "scene_fraction"):
+        for key in ("max_bad_fraction", "scene_fraction", "caption_first", "condition_dropout"):
             value = getattr(self, key)
             if not 0 <= value <= 1:
                 raise ValueError(f"multimodal.{key} = {value}: must be between 0 and 1.")

@@ -17,6 +17,7 @@ from torchtitan.train import Trainer
 
 from torchtitan_mixtures import checkpoint_config, device
 from torchtitan_mixtures.checks import check_job
+from torchtitan_mixtures.data.loader import MultimodalDataLoader
 from torchtitan_mixtures.ema import EMA, STATE
 from torchtitan_mixtures.expert_folder import start_from
 from torchtitan_mixtures.job_config import MixtureJobConfig
@@ -53,6 +54,8 @@ class MixtureTrainer(Trainer):
         self.processor.loss_meter = self.loss_meter
         self.processor.further_scalars = getattr(self.loss_fn, "scalars", dict)
         self.processor.picture_folder = Path(job_config.job.dump_folder)
+        if isinstance(self.dataloader, MultimodalDataLoader):
+            self.processor.loader = self.dataloader
         self.processor.measure_updates()
         if job_config.diffusers.start and not checkpoint_config.has_own_checkpoint(job_config):
             start_from(self.model_parts[0], self.model_args, job_config.diffusers)

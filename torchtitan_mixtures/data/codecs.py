@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.loader import build_multimodal_tokenizer, find_modalities
-from torchtitan_mixtures.data.packing import Modalities
 from torchtitan_mixtures.data.speech import SpeechTokenizer, build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import (
     ImageTokenizer,

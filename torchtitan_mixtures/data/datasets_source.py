@@ -16,6 +16,7 @@ from torchtitan_mixtures.data.sources import (
     Document,
     IndexedShard,
     IndexedSource,
+    PairOrder,
     Source,
     document_rng,
     epoch_order,
@@ -59,7 +60,7 @@ class MappedSource(IndexedSource):
     ) -> None:
         super().__init__(len(data), config.seed, is_endless)
         self._data = data
-        self._reading = config, split, image_size
+        self._reading = config, split, image_size, PairOrder.of(config, is_endless)
         self._identity = _identity(config, split)
 
     def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
@@ -95,14 +96,22 @@ class MappedShard(IndexedShard):
         """See `IndexedShard.end_epoch`."""
         self._reader.end_epoch()
 
+    def reject(self, document: Document, error: ValueError) -> None:
+        """See `Shard.reject`."""
+        self._reader.reject(document, error)
+
+    def progress(self) -> dict[str, float]:
+        """See `Shard.progress`."""
+        return {**super().progress(), **self._reader.progress()}
+
     def state_dict(self) -> dict[str, Any]:
         """See `Shard.state_dict`."""
-        return {**super().state_dict(), "reader": self._reader.state_dict()}
+        return {**super().state_dict(), "counts": self._reader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Shard.load_state_dict`."""
         super().load_state_dict(state)
-        self._reader.load_state_dict(state["reader"])
+        self._reader.load_state_dict(state["counts"])
 
 
 class StreamedSource:
@@ -128,9 +137,10 @@ class StreamedSource:
         is_endless: bool,
     ) -> None:
         self.is_endless = is_endless
+        self.max_epochs = 0
         self.seed = config.seed
         self._data = data
-        self._reading = config, split, image_size
+        self._reading = config, split, image_size, PairOrder.of(config, is_endless)
         self._identity = _identity(config, split)
 
     def shards(self, indices: Sequence[int], count: int) -> list[StreamedShard]:
@@ -179,7 +189,8 @@ class StreamedShard:
 
     def __iter__(self) -> Iterator[Document]:
         """See `Shard.__iter__`."""
-        while True:
+        limit = self._source.max_epochs if self._source.is_endless else 1
+        while not limit or self._epoch < limit:
             for number, sample in self._epoch_samples():
                 document = self._reader.read(sample, self._epoch, f"{self._index}.{number}")
                 if document is not None:
@@ -192,8 +203,14 @@ class StreamedShard:
                 None,
                 0,
             )
-            if not self._source.is_endless:
-                return
+
+    def reject(self, document: Document, error: ValueError) -> None:
+        """See `Shard.reject`."""
+        self._reader.reject(document, error)
+
+    def progress(self) -> dict[str, float]:
+        """See `Shard.progress`."""
+        return {"epochs": self._epoch, **self._reader.progress()}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Shard.state_dict`."""
@@ -202,14 +219,14 @@ class StreamedShard:
             "block": self._block,
             "block_start": self._block_start,
             "num_taken": self._num_taken,
-            "reader": self._reader.state_dict(),
+            "counts": self._reader.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Shard.load_state_dict`."""
         self._epoch, self._block = state["epoch"], state["block"]
         self._block_start, self._num_taken = state["block_start"], state["num_taken"]
-        self._reader.load_state_dict(state["reader"])
+        self._reader.load_state_dict(state["counts"])
 
     def _epoch_samples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The rest of this epoch: samples with a number, counted as taken before each yield."""
@@ -259,10 +276,12 @@ def build_datasets_source(
     return MappedSource(data, config, split, image_size, is_endless)
 
 
-def _readers(count: int, config: Multimodal, split: str, image_size: int) -> list[SampleReader]:
+def _readers(
+    count: int, config: Multimodal, split: str, image_size: int, order: PairOrder
+) -> list[SampleReader]:
     """Readers of all shards of one process, which are judged together."""
     judge = SampleJudge(config.max_bad_fraction, f'split "{split}"')
-    return [SampleReader(config, split, image_size, judge) for _ in range(count)]
+    return [SampleReader(config, split, image_size, order, judge) for _ in range(count)]
 
 
 def _identity(config: Multimodal, split: str) -> dict[str, Any]:

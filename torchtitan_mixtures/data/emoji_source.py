@@ -15,6 +15,7 @@ from torchtitan_mixtures.data.sources import (
     Document,
     IndexedShard,
     IndexedSource,
+    PairOrder,
     Segment,
     caption_and_image,
     document_rng,
@@ -126,6 +127,7 @@ class EmojiSource(IndexedSource):
         self._drawings = self._corpus.drawings(split)
         super().__init__(len(self._drawings), config.seed, is_endless)
         self._config = config
+        self._order = PairOrder.of(config, is_endless)
         self._split = split
         self._tokenizer = image_tokenizer
         self._codes: dict[int, NDArray[np.int64]] = {}  # of drawings, by the first of a bulk
@@ -152,11 +154,11 @@ class EmojiSource(IndexedSource):
         if rng.random() < self._config.scene_fraction:
             scene = self._corpus.compose_scene(rng, self._split, self._tokenizer.image_size)
             codes = self._tokenizer.encode(scene.image[None])[0]
-            return caption_and_image(rng, scene.caption, codes)
+            return caption_and_image(rng, scene.caption, codes, self._order)
         drawing = self._drawings[index]
         caption = self._corpus.caption(drawing, rng)
         if voice is None:
-            return caption_and_image(rng, caption, self._code(index))
+            return caption_and_image(rng, caption, self._code(index), self._order)
         payloads = {
             "text": caption,
             "image": self._code(index),

@@ -59,9 +59,10 @@ def image_spec(job_config: JobConfig) -> ImageSpec:
     Raises:
         ValueError: Names the key that does not fit, its value and the remedy.
     """
+    config = _multimodal(job_config)
+    refuse_mixture(config)
     if (assumed := assumed_images()) is not None:
         return ImageSpec(assumed.channels, assumed.size, assumed.num_classes, ())
-    config = _multimodal(job_config)
     if config.source == "emoji":
         check_emoji_images(config)
         return _pixel_spec(config, emoji_classes(config.class_of))
@@ -290,4 +291,13 @@ def _check_emoji_split(config: Multimodal, key: str, split: str) -> None:
             f'{key}: the concepts of "unseen_concept" are no classes of training with '
             'multimodal.class_of = "concept"; leave the split out ("unseen_style" has known '
             'concepts), or set class_of = "group".'
+        )
+
+
+def refuse_mixture(config: Multimodal) -> None:
+    """Raise ValueError if the data are a mixture of sources, which has documents and no images."""
+    if config.source == "mixture":
+        raise ValueError(
+            "multimodal.source = 'mixture': is of documents, for models over tokens; set 'emoji', "
+            "'datasets' or 'folder'."
         )

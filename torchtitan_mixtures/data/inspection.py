@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchtitan_mixtures.data.batch import IGNORE_INDEX
-from torchtitan_mixtures.data.packing import Modalities
+from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.tokenizers import Sentinels
 
 Ints = NDArray[np.int64]

@@ -15,8 +15,12 @@ from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
 
+from torchtitan_mixtures.data.batch_builder import BatchBuilder
 from torchtitan_mixtures.data.emoji_source import check_speech_fits
-from torchtitan_mixtures.data.packing import BatchBuilder, DocumentEncoder, Modalities, Packer
+from torchtitan_mixtures.data.encoding import DocumentEncoder, Modalities
+from torchtitan_mixtures.data.mixing import Mixture
+from torchtitan_mixtures.data.mixture import SourceTokenizers, build_ingredients, check_sources
+from torchtitan_mixtures.data.packing import Packer
 from torchtitan_mixtures.data.sequences import (
     Batch,
     PackedSequence,
@@ -25,7 +29,7 @@ from torchtitan_mixtures.data.sequences import (
     make_batch,
 )
 from torchtitan_mixtures.data.shards import Share, check_fingerprint, count_shards
-from torchtitan_mixtures.data.sources import build_source
+from torchtitan_mixtures.data.speech import build_speech_tokenizer
 from torchtitan_mixtures.data.tokenizers import (
     TextTokenizer,
     build_image_tokenizer,
@@ -35,6 +39,9 @@ from torchtitan_mixtures.data.vocabulary import token_model_args
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
+
+
+_ORDER_KEYS = ("caption_first", "condition_dropout", "packing", "long_documents")
 
 
 class MultimodalDataLoader(BaseDataLoader):
@@ -99,6 +106,35 @@ class MultimodalDataLoader(BaseDataLoader):
             },
         }
 
+    @property
+    def source_names(self) -> list[str]:
+        """What the data are mixed of."""
+        return [part.name for part in self._sequences.mixture.ingredients]
+
+    def counts(self) -> list[dict[str, float]]:
+        """What the batches handed out so far have cost of each source, in this rank's shards.
+
+        Returns:
+            For each source: `tokens`, `documents`, `split` and `dropped` ones, `samples` read,
+            `bad` ones of them, and `epochs`, whose sum over all ranks is the mean over shards.
+            After the last source one more: `tokens` and `positions` of the sequences.
+        """
+        names = ("tokens", "documents", "split", "dropped", "samples", "bad", "epochs")
+        sums = [dict.fromkeys(names, 0.0) for _ in self.source_names]
+        packed = {"tokens": 0.0, "positions": 0.0}
+        for state in self._sequences.states.values():
+            if not state["taken"]:
+                continue
+            packed["tokens"] += state["tokens"]
+            packed["positions"] += state["taken"] * self._builder.seq_len
+            source = state["source"]
+            rows = zip(sums, source["counts"], source["progress"], strict=True)
+            for total, counts, progress in rows:
+                shares = {"epochs": progress["epochs"] / self._sequences.num_shards}
+                for name in names:
+                    total[name] += {**counts, **progress, **shares}[name]
+        return [*sums, packed]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state.
 
@@ -147,16 +183,17 @@ def build_multimodal_dataloader(
     num_shards = count_shards(job_config, dp_world_size)
     parts = _LoaderParts(job_config, tokenizer, "training", config.train_split)
     sequences = TrainingSequences(
-        parts.source, parts.make_packer, Share(dp_rank, dp_world_size), num_shards
+        parts.mixture, parts.make_packer, Share(dp_rank, dp_world_size), num_shards
     )
     speech = {"multimodal.speech_tokenizer": config.speech_tokenizer}
     fingerprint = {
-        **parts.source.fingerprint(),
+        **parts.mixture.fingerprint(),
         **(speech if "speech" in parts.modalities.names else {}),
         "training.seq_len": settings.seq_len,
         "multimodal.shards": num_shards,
         "multimodal.text_tokenizer": config.text_tokenizer,
         "multimodal.image_tokenizer": config.image_tokenizer,
+        **{f"multimodal.{key}": getattr(config, key) for key in _ORDER_KEYS},
         "vocabulary ranges": [list(limits) for limits in parts.modalities.vocab_ranges],
     }
     if "prefetch_factor" in options:  # workers hand over sequences, the option counts batches
@@ -195,7 +232,7 @@ def build_multimodal_validation_dataloader(
     """
     parts = _LoaderParts(job_config, tokenizer, "validation", split)
     batches = ValidationBatches(
-        parts.source,
+        parts.mixture,
         parts.make_packer,
         parts.builder,
         Share(dp_rank, dp_world_size),
@@ -234,6 +271,7 @@ def check_settings(job_config: JobConfig) -> None:
     tokenizer = build_multimodal_tokenizer(job_config)
     image_tokenizer = build_image_tokenizer(config.image_tokenizer)
     modalities = find_modalities(job_config, tokenizer)
+    check_sources(config, modalities.names, job_config.validation.enable)
     lengths = {"training.seq_len": job_config.training.seq_len}
     if job_config.validation.enable:
         lengths["validation.seq_len"] = job_config.validation.seq_len
@@ -260,14 +298,24 @@ class _LoaderParts:
     ) -> None:
         config, seq_len = multimodal_section(job_config), getattr(job_config, section).seq_len
         self.modalities = find_modalities(job_config, tokenizer)
-        image_tokenizer = build_image_tokenizer(config.image_tokenizer)
+        names = self.modalities.names
+        speech = build_speech_tokenizer(config.speech_tokenizer) if "speech" in names else None
+        tokenizers = SourceTokenizers(
+            tokenizer, build_image_tokenizer(config.image_tokenizer), speech
+        )
         encoder = DocumentEncoder(
-            tokenizer, image_tokenizer, self.modalities, seq_len, f"{section}.seq_len"
+            tokenizer,
+            tokenizers.image,
+            self.modalities,
+            seq_len,
+            f"{section}.seq_len",
+            speech,
+            config.long_documents,
         )
-        self.make_packer = partial(Packer, encoder, seq_len)
-        self.source = build_source(
-            config, split, image_tokenizer, section == "training", self.modalities.names
-        )
+        self.make_packer = partial(Packer, seq_len, config.packing)
+        is_training = section == "training"
+        ingredients = build_ingredients(config, split, tokenizers, is_training, names)
+        self.mixture = Mixture(ingredients, encoder)
         self.builder = BatchBuilder(
             self.modalities,
             # A modality without a key of its own, for lack of data, counts in full.

@@ -24,7 +24,12 @@ from torchtitan_mixtures.data.assumed_images import assumed_images
 from torchtitan_mixtures.data.domains import Domains, domain_fingerprint, open_domains
 from torchtitan_mixtures.data.emoji import SPLITS
 from torchtitan_mixtures.data.emoji_source import check_emoji
-from torchtitan_mixtures.data.image_data import check_emoji_images, check_latents, picture_size
+from torchtitan_mixtures.data.image_data import (
+    check_emoji_images,
+    check_latents,
+    picture_size,
+    refuse_mixture,
+)
 from torchtitan_mixtures.data.image_loader import ImageDataLoader, ImageValidationLoader
 from torchtitan_mixtures.data.latents import ENCODE_COMMAND, LatentIndex, is_latent_folder
 from torchtitan_mixtures.data.loader import multimodal_section, worker_options
@@ -83,6 +88,7 @@ def prompted_image_spec(job_config: JobConfig) -> PromptedImageSpec:
         ValueError: Names the key that does not fit, its value and the remedy.
     """
     config = multimodal_section(job_config)
+    refuse_mixture(config)
     buckets = make_buckets(
         config.aspect_ratios, config.image_size, model_flavor(job_config).patch_size
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.images import decode_image
-from torchtitan_mixtures.data.sources import Document, caption_and_image, document_rng
+from torchtitan_mixtures.data.sources import Document, PairOrder, caption_and_image, document_rng
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
@@ -107,16 +107,25 @@ class SampleReader:
         config: The `[multimodal]` section.
         split: Name of the split, for messages.
         image_size: Size that images are brought to.
+        order: Of captions and images.
         judge: Of all shards of this process. The counts are in the checkpoint by shard, so that
             processes with other shares of the shards add up what is theirs.
     """
 
-    def __init__(self, config: Multimodal, split: str, image_size: int, judge: SampleJudge) -> None:
+    def __init__(
+        self,
+        config: Multimodal,
+        split: str,
+        image_size: int,
+        order: PairOrder,
+        judge: SampleJudge,
+    ) -> None:
         self._config = config
         self._split = split
         self._image_size = image_size
         self._judge = judge
         self._counts = judge.new_counts()
+        self._order = order
         named = Path(config.data_files[0] if config.data_files else config.path)
         self._folder = named if named.is_dir() else named.parent
 
@@ -139,11 +148,20 @@ class SampleReader:
             self._judge.count_bad(self._counts, key, error)
             return None
         self._counts.good_in_epoch += 1
-        return Document(caption_and_image(rng, caption, image), key)
+        return Document(caption_and_image(rng, caption, image, self._order), key, is_pair=True)
 
     def end_epoch(self) -> None:
         """Tell the judge that the shard has ended an epoch."""
         self._judge.end_epoch(self._counts)
+
+    def reject(self, document: Document, error: ValueError) -> None:
+        """Count a document that was read as a bad one; see `Shard.reject`."""
+        self._counts.good_in_epoch -= 1
+        self._judge.count_bad(self._counts, document.key, error)
+
+    def progress(self) -> dict[str, float]:
+        """How many samples were seen, and how many bad ones among them."""
+        return {"samples": self._counts.seen, "bad": self._counts.bad}
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of this shard, as plain JSON."""

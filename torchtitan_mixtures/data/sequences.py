@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtitan_mixtures.data.batch import check_batch
-from torchtitan_mixtures.data.packing import BatchBuilder, Packer, Tokens
+from torchtitan_mixtures.data.batch_builder import BatchBuilder
+from torchtitan_mixtures.data.encoding import Tokens
+from torchtitan_mixtures.data.mixing import MixedShard, Mixture
+from torchtitan_mixtures.data.packing import Packer
 from torchtitan_mixtures.data.shards import Share
-from torchtitan_mixtures.data.sources import Shard, Source
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -40,19 +42,19 @@ class TrainingSequences(IterableDataset):
     its workers in turn, has them all in order.
 
     Args:
-        source: Endless.
+        mixture: Of endless sources.
         make_packer: Makes the packer of a shard.
         rank: Data-parallel rank.
         num_shards: How many there are of all ranks; a multiple of ranks times workers.
     """
 
     def __init__(
-        self, source: Source, make_packer: Callable[[], Packer], rank: Share, num_shards: int
+        self, mixture: Mixture, make_packer: Callable[[], Packer], rank: Share, num_shards: int
     ) -> None:
-        self._source = source
+        self.mixture = mixture
         self._make_packer = make_packer
         self._rank = rank
-        self._num_shards = num_shards
+        self.num_shards = num_shards
         self.states: dict[int, dict[str, Any]] = {
             shard: {"taken": 0} for shard in range(rank.index, num_shards, rank.count)
         }
@@ -63,29 +65,32 @@ class TrainingSequences(IterableDataset):
         if info := get_worker_info():
             worker = Share(info.id, info.num_workers)
         next_of_rank = min(
-            shard + state["taken"] * self._num_shards for shard, state in self.states.items()
+            shard + state["taken"] * self.num_shards for shard, state in self.states.items()
         )
         first = next_of_rank + worker.index * self._rank.count
         stride = worker.count * self._rank.count
-        numbers = range(first % stride, self._num_shards, stride)
+        numbers = range(first % stride, self.num_shards, stride)
         shards = {
             number: _PackedShard(number, documents, self._make_packer(), self.states[number])
             for number, documents in zip(
-                numbers, self._source.shards(numbers, self._num_shards), strict=True
+                numbers, self.mixture.shards(numbers, self.num_shards), strict=True
             )
         }
         for number in itertools.count(first, stride):
-            yield next(shards[number % self._num_shards])
+            yield next(shards[number % self.num_shards])
 
 
 class _PackedShard:
     """The documents of one shard and their packer, from a state on."""
 
-    def __init__(self, number: int, documents: Shard, packer: Packer, state: dict[str, Any]):
+    def __init__(
+        self, number: int, documents: MixedShard, packer: Packer, state: dict[str, Any]
+    ) -> None:
         self._number = number
         self._documents = documents
         self._packer = packer
         self._num_taken = state["taken"]
+        self._num_tokens = state.get("tokens", 0)
         if self._num_taken:
             documents.load_state_dict(state["source"])
             packer.load_state_dict(state["packer"])
@@ -94,8 +99,10 @@ class _PackedShard:
     def __next__(self) -> PackedSequence:
         documents = next(self._sequences)
         self._num_taken += 1
+        self._num_tokens += sum(map(len, documents))
         state = {
             "taken": self._num_taken,
+            "tokens": self._num_tokens,
             "source": self._documents.state_dict(),
             "packer": self._packer.state_dict(),
         }
@@ -106,7 +113,7 @@ class ValidationBatches(IterableDataset):
     """One pass over a split, the same in every iteration.
 
     Args:
-        source: Finite.
+        mixture: Of finite sources.
         make_packer: Makes the packer of a pass.
         builder: Makes batches.
         rank: Data-parallel rank whose share is yielded.
@@ -117,7 +124,7 @@ class ValidationBatches(IterableDataset):
 
     def __init__(
         self,
-        source: Source,
+        mixture: Mixture,
         make_packer: Callable[[], Packer],
         builder: BatchBuilder,
         rank: Share,
@@ -125,14 +132,14 @@ class ValidationBatches(IterableDataset):
         max_batches: int = -1,
         checked_ranges: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
-        self._source = source
+        self._mixture = mixture
         self._make_packer = make_packer
         self._builder = builder
         self._rank = rank
         self._batch_size = batch_size
         self._max_batches = max_batches
         self._checked_ranges = checked_ranges
-        self.documents: Shard | None = None
+        self.documents: MixedShard | None = None
         """What the latest iteration in this process reads; its state counts bad samples."""
 
     def __iter__(self) -> Iterator[Batch]:
@@ -140,7 +147,7 @@ class ValidationBatches(IterableDataset):
         worker = Share(0, 1)
         if info := get_worker_info():
             worker = Share(info.id, info.num_workers)
-        (self.documents,) = self._source.shards([0], 1)
+        (self.documents,) = self._mixture.shards([0], 1)
         sequences = self._make_packer().pack(iter(self.documents))
         for number in itertools.count():
             of_all_ranks = list(itertools.islice(sequences, self._rank.count * self._batch_size))

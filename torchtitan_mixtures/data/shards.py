@@ -52,6 +52,7 @@ def count_shards(job_config: JobConfig, num_ranks: int) -> int:
     readers = num_ranks * readers_of_rank
     if not config.shards:
         is_stream = config.source == "datasets" and config.streaming
+        is_stream |= any(table.get("streaming", False) for table in config.sources)
         return readers if is_stream else math.lcm(_MANY, readers)
     if config.shards % readers == 0:
         return config.shards

@@ -18,6 +18,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures.data.batch import check_batch
 from torchtitan_mixtures.data.codecs import build_codecs
+from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.inspection import (
     compute_statistics,
     find_mistakes,
@@ -28,7 +29,6 @@ from torchtitan_mixtures.data.loader import (
     build_multimodal_dataloader,
     build_multimodal_validation_dataloader,
 )
-from torchtitan_mixtures.data.packing import Modalities
 from torchtitan_mixtures.data.sequences import Batch, ValidationBatches
 from torchtitan_mixtures.data.show_page import (
     SequenceView,
@@ -159,9 +159,8 @@ def take_training(
     batches = list(islice(loader, -(-num_sequences // batch_size)))
     state = loader.state_dict()
     shards = [json.loads(state[key]) for key in state if key.startswith("shard_")]
-    return batches, [
-        shard["source"]["reader"] for shard in shards if "reader" in shard.get("source", {})
-    ]
+    taken = [shard["source"] for shard in shards if "source" in shard]
+    return batches, [counts for source in taken for counts in sample_counts(source)]
 
 
 def take_validation(
@@ -183,8 +182,12 @@ def take_validation(
     batches = list(islice(loader, -(-num_sequences // batch_size)))
     documents = cast(ValidationBatches, loader.dataset).documents
     assert documents is not None  # it has been iterated
-    state = documents.state_dict()
-    return batches, [state["reader"]] if "reader" in state else []
+    return batches, sample_counts(documents.state_dict())
+
+
+def sample_counts(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The counts of samples in the state of a shard, of each source that counts them."""
+    return [shard["counts"] for shard in state["shards"] if "counts" in shard]
 
 
 def describe_samples(counts: list[dict[str, Any]]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from torchtitan_mixtures.data.audio import write_wav
 from torchtitan_mixtures.data.codecs import Codecs
+from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.inspection import (
     Bools,
     DocumentView,
@@ -25,7 +26,6 @@ from torchtitan_mixtures.data.inspection import (
     Statistics,
     runs,
 )
-from torchtitan_mixtures.data.packing import Modalities
 from torchtitan_mixtures.data.tokenizers import TextTokenizer
 
 TEMPLATE = Path(__file__).with_name("show.html")

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from torchtitan_mixtures.data.tokenizers import ImageTokenizer
-    from torchtitan_mixtures.job_config import Multimodal
+    from torchtitan_mixtures.multimodal_config import Multimodal
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,9 @@ class Source(Protocol):
     is_endless: bool
     """True: epoch after epoch, shuffled anew each time. False: once, in a fixed order."""
 
+    max_epochs: int
+    """Of an endless source: it ends after so many all the same; 0 = never."""
+
     def shards(self, indices: Sequence[int], count: int) -> Sequence[Shard]:
         """Those of `count` disjoint shares that one process reads, each at its beginning."""
         ...
@@ -125,6 +127,7 @@ class IndexedSource(ABC):
         self.num_documents = num_documents
         self.seed = seed
         self.is_endless = is_endless
+        self.max_epochs = 0
         self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
 
     @abstractmethod
@@ -172,7 +175,8 @@ class IndexedShard:
         size = self._source.num_documents
         while True:
             epoch, place = divmod(self._index + self._num_taken * self._count, size)
-            if epoch > 0 and not self._source.is_endless:
+            limit = self._source.max_epochs if self._source.is_endless else 1
+            if limit and epoch >= limit:
                 return
             self._num_taken += 1
             document = self._build(epoch, self._source.index_at(epoch, place))
@@ -219,6 +223,11 @@ class PairOrder:
     caption_first: float = 0.5
     condition_dropout: float = 0.0
 
+    @classmethod
+    def of(cls, config: Multimodal, is_training: bool) -> PairOrder:
+        """What the section `[multimodal]` says; validation drops nothing."""
+        return cls(config.caption_first, config.condition_dropout if is_training else 0.0)
+
     def arrange(
         self, rng: random.Random, caption: Segment, *others: Segment
     ) -> tuple[Segment, ...]:
@@ -241,33 +250,3 @@ def caption_and_image(
 ) -> tuple[Segment, ...]:
     """Segments that say and show one thing, the text first or the image first."""
     return order.arrange(rng, Segment("text", caption), Segment("image", image))
-
-
-def build_source(
-    config: Multimodal,
-    split: str,
-    image_tokenizer: ImageTokenizer,
-    is_endless: bool,
-    modality_names: Sequence[str] = ("text", "image"),
-) -> Source:
-    """Build the source that `multimodal.source` names.
-
-    Args:
-        config: The `[multimodal]` section.
-        split: Which split to read.
-        image_tokenizer: Tokenizer of the run; says how large images are.
-        is_endless: True to train, False for one pass of validation.
-        modality_names: The model's modalities. Only `emoji` has documents of other ones.
-
-    Raises:
-        ValueError: The split is unknown (names the known ones), a column is missing, and so on.
-    """
-    if config.source == "emoji":
-        from torchtitan_mixtures.data.emoji_source import EmojiSource
-
-        return EmojiSource(config, split, image_tokenizer, is_endless, modality_names)
-
-    # Imported late: `datasets` takes a second, which runs on the embedded corpus need not pay.
-    from torchtitan_mixtures.data.datasets_source import build_datasets_source
-
-    return build_datasets_source(config, split, image_tokenizer.image_size, is_endless)

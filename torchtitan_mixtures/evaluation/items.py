@@ -10,8 +10,9 @@ from itertools import islice
 from torchtitan_mixtures.checkpoint_loading import LoadedCheckpoint
 from torchtitan_mixtures.data.captions import with_article
 from torchtitan_mixtures.data.emoji import Drawing, EmojiCorpus
-from torchtitan_mixtures.data.packing import DocumentEncoder, Tokens
-from torchtitan_mixtures.data.sources import Segment, build_source
+from torchtitan_mixtures.data.encoding import DocumentEncoder, Tokens
+from torchtitan_mixtures.data.mixture import SourceTokenizers, build_ingredients
+from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.data.spoken import voices_of
 
 NAMES_PER_GROUP = 16
@@ -82,14 +83,12 @@ def draw_things(checkpoint: LoadedCheckpoint, split: str, count: int, seed: int)
                 for group, chosen in names.items()
             },
         )
-    source = build_source(
-        job_config.multimodal,
-        split,
-        checkpoint.codecs.image,
-        False,
-        checkpoint.codecs.modalities.names,
+    codecs = checkpoint.codecs
+    tokenizers = SourceTokenizers(codecs.text, codecs.image, codecs.speech)
+    (ingredient,) = build_ingredients(
+        job_config.multimodal, split, tokenizers, False, codecs.modalities.names
     )
-    (documents,) = source.shards([0], 1)
+    (documents,) = ingredient.source.shards([0], 1)
     items = []
     for document in islice(documents, count):
         first = {segment.modality: segment for segment in reversed(document.segments)}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchtitan.protocols import ModelProtocol
 
-from torchtitan_mixtures.data.packing import Modalities, Tokens
+from torchtitan_mixtures.data.encoding import Modalities, Tokens
 from torchtitan_mixtures.sampling.generate import number_images
 
 ROW_TOKENS = 512

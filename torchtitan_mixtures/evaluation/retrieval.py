@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchtitan.protocols import ModelProtocol
 
-from torchtitan_mixtures.data.packing import Tokens
+from torchtitan_mixtures.data.encoding import Tokens
 from torchtitan_mixtures.evaluation.items import Things
 from torchtitan_mixtures.evaluation.likelihood import Progress, score_continuations
 from torchtitan_mixtures.evaluation.rates import Rate, classification_rate, retrieval_rate

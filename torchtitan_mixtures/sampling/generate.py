@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from torchtitan_mixtures.data.batch_builder import number_runs
 from torchtitan_mixtures.data.codecs import Codecs
-from torchtitan_mixtures.data.packing import DocumentEncoder, Modalities, number_runs
+from torchtitan_mixtures.data.encoding import DocumentEncoder, Modalities
 from torchtitan_mixtures.data.sources import Document, Segment
 from torchtitan_mixtures.sampling.cache import CachedModel, cached_attention
 from torchtitan_mixtures.sampling.decoding import (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from torchtitan_mixtures.data.packing import Modalities
+from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.tokenizers import Sentinels
 
 

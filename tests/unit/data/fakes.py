@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan_mixtures.data.packing import DocumentEncoder, Modalities
+from torchtitan_mixtures.data.encoding import DocumentEncoder, Modalities
 from torchtitan_mixtures.data.sources import (
     Document,
     IndexedShard,

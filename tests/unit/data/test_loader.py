@@ -18,6 +18,7 @@ from tests.jobs import load_job
 from tests.unit.data.fakes import MODALITIES, SENTINELS, RandomSource, make_encoder
 from torchtitan_mixtures.data import sequences as sequences_module
 from torchtitan_mixtures.data.batch import check_batch
+from torchtitan_mixtures.data.batch_builder import BatchBuilder
 from torchtitan_mixtures.data.loader import (
     MultimodalDataLoader,
     build_multimodal_dataloader,
@@ -25,7 +26,8 @@ from torchtitan_mixtures.data.loader import (
     build_multimodal_validation_dataloader,
     find_modalities,
 )
-from torchtitan_mixtures.data.packing import BatchBuilder, Packer
+from torchtitan_mixtures.data.mixing import Ingredient, Mixture
+from torchtitan_mixtures.data.packing import Packer
 from torchtitan_mixtures.data.sequences import TrainingSequences, ValidationBatches
 from torchtitan_mixtures.data.shards import Share, count_shards
 from torchtitan_mixtures.job_config import Multimodal
@@ -36,7 +38,11 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 
 def make_packer() -> Packer:
-    return Packer(make_encoder(SEQ_LEN), SEQ_LEN)
+    return Packer(SEQ_LEN)
+
+
+def mix(source: RandomSource) -> Mixture:
+    return Mixture([Ingredient("random", source)], make_encoder(SEQ_LEN))
 
 
 def make_builder() -> BatchBuilder:
@@ -50,7 +56,7 @@ def make_loader(
     **options: Any,
 ) -> MultimodalDataLoader:
     source = RandomSource(num_documents, 0, True)
-    sequences = TrainingSequences(source, make_packer, rank, SHARDS)
+    sequences = TrainingSequences(mix(source), make_packer, rank, SHARDS)
     fingerprint = {**source.fingerprint(), "multimodal.shards": SHARDS}
     ranges = MODALITIES.vocab_ranges
     return MultimodalDataLoader(
@@ -65,7 +71,9 @@ def make_validation(
     **options: Any,
 ) -> DataLoader:
     source, ranges = RandomSource(num_documents, 0, False), MODALITIES.vocab_ranges
-    batches = ValidationBatches(source, make_packer, make_builder(), rank, 3, max_batches, ranges)
+    batches = ValidationBatches(
+        mix(source), make_packer, make_builder(), rank, 3, max_batches, ranges
+    )
     return DataLoader(batches, batch_size=None, **options)
 
 

@@ -20,13 +20,9 @@ from tests.unit.data.fakes import (
     random_documents,
 )
 from torchtitan_mixtures.data.batch import check_batch
-from torchtitan_mixtures.data.packing import (
-    BatchBuilder,
-    DocumentEncoder,
-    Modalities,
-    Packer,
-    choose_documents,
-)
+from torchtitan_mixtures.data.batch_builder import BatchBuilder
+from torchtitan_mixtures.data.encoding import DocumentEncoder, Modalities
+from torchtitan_mixtures.data.packing import Packer, choose_documents
 from torchtitan_mixtures.data.sources import Document, Segment
 
 SEQ_LEN = 64
@@ -94,7 +90,7 @@ def test_pixels_are_encoded() -> None:
 def test_batches_match_naive_implementation(seed: int) -> None:
     resets = seed % 2 == 1
     documents = [d for d in random_documents(seed, 300) if len(naive_tokens(d)) <= SEQ_LEN]
-    packed = list(Packer(make_encoder(SEQ_LEN), SEQ_LEN).pack(iter(documents)))
+    packed = list(Packer(SEQ_LEN).pack(map(make_encoder(SEQ_LEN).encode, documents)))
     arrays, labels = make_builder(resets=resets).build(packed)
     naive = naive_batch([[doc.tolist() for doc in seq] for seq in packed], resets)
     for key in ("input", "document_ids", "image_ids", "positions"):
@@ -145,8 +141,8 @@ def test_choice_is_the_fullest_and_takes_the_oldest() -> None:
 
 def test_no_document_waits_forever_and_little_is_padded() -> None:
     documents = list(random_documents(0, 2000))
-    packer = Packer(make_encoder(512), 512)
-    used = [sum(map(len, sequence)) for sequence in packer.pack(iter(documents))]
+    packer, pieces = Packer(512), map(make_encoder(512).encode, documents)
+    used = [sum(map(len, sequence)) for sequence in packer.pack(pieces)]
     assert np.mean(used[:-5]) > 0.999 * 512
 
 
@@ -156,12 +152,12 @@ def test_state_continues_exactly() -> None:
     def flatten(sequences: list) -> list:
         return [[doc.tolist() for doc in sequence] for sequence in sequences]
 
-    whole = flatten(Packer(make_encoder(SEQ_LEN), SEQ_LEN).pack(iter(documents)))
+    whole = flatten(Packer(SEQ_LEN).pack(map(make_encoder(SEQ_LEN).encode, documents)))
     for cut in (0, 1, 7, 40):
-        packer, source = Packer(make_encoder(SEQ_LEN), SEQ_LEN), iter(documents)
+        packer, source = Packer(SEQ_LEN), map(make_encoder(SEQ_LEN).encode, documents)
         first = flatten(list(itertools.islice(packer.pack(source), cut)))
         state = json.loads(json.dumps(packer.state_dict(), default=np.ndarray.tolist))
-        resumed = Packer(make_encoder(SEQ_LEN), SEQ_LEN)
+        resumed = Packer(SEQ_LEN)
         resumed.load_state_dict(state)
         assert first + flatten(list(resumed.pack(source))) == whole
 

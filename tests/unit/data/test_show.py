@@ -25,6 +25,8 @@ from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job, load_job
 from tests.unit.data.fakes import SENTINELS, ByteTokenizer, GreyTokenizer
 from tests.unit.data.html_tree import Node, parse
 from torchtitan_mixtures.data import samples
+from torchtitan_mixtures.data.batch_builder import BatchBuilder
+from torchtitan_mixtures.data.encoding import DocumentEncoder, Modalities
 from torchtitan_mixtures.data.images import decode_image
 from torchtitan_mixtures.data.inspection import (
     Row,
@@ -39,7 +41,6 @@ from torchtitan_mixtures.data.loader import (
     build_multimodal_validation_dataloader,
     find_modalities,
 )
-from torchtitan_mixtures.data.packing import BatchBuilder, DocumentEncoder, Modalities
 from torchtitan_mixtures.data.show import find_violations, make_page, write_page
 from torchtitan_mixtures.data.show_page import SequenceView, render_page, split_text
 from torchtitan_mixtures.data.sources import Document, Segment

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.unit.data.fakes import GreyTokenizer, RandomSource
+from tests.unit.data.fakes import ByteTokenizer, GreyTokenizer, RandomSource
 from torchtitan_mixtures.data import datasets_source, samples
 from torchtitan_mixtures.data.images import decode_image
+from torchtitan_mixtures.data.mixture import SourceTokenizers, build_source
 from torchtitan_mixtures.data.samples import choose_caption
-from torchtitan_mixtures.data.sources import Document, Shard, Source, build_source
-from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
+from torchtitan_mixtures.data.sources import Document, Shard, Source
+from torchtitan_mixtures.data.tokenizers import build_image_tokenizer, build_text_tokenizer
 from torchtitan_mixtures.job_config import Multimodal
+
+TOKENIZERS = SourceTokenizers(ByteTokenizer(), GreyTokenizer(), None)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,7 @@ def write_parquet(
 
 def build(path: str, split: str = "train", is_endless: bool = True, **options: Any) -> Source:
     config = Multimodal(source="datasets", path=path, **options)
-    return build_source(config, split, GreyTokenizer(), is_endless)
+    return build_source(config, split, TOKENIZERS, is_endless)
 
 
 def caption(document: Document) -> str:
@@ -264,7 +267,7 @@ def test_bad_images_are_skipped_counted_and_logged(
         documents = list(itertools.islice(shard, 57))
     captions = set(map(caption, documents))
     assert captions == {f"row {i}" for i in range(60)} - {"row 5", "row 17", "row 30"}
-    assert shard.state_dict()["reader"]["bad"] == 3
+    assert shard.state_dict()["counts"]["bad"] == 3
     for name in ("5.png", "17.png", "30.png"):
         assert any(name in record.message for record in caplog.records), name
 
@@ -336,7 +339,7 @@ def test_counts_of_bad_samples_add_up_in_another_layout(tmp_path: Path, streamin
         for number, shard in zip(range(rank, 4, 4), source.shards([rank], 4), strict=True):
             list(itertools.islice(shard, 50))
             states[number] = json.loads(json.dumps(shard.state_dict()))
-    assert sum(state["reader"]["seen"] for state in states.values()) >= 200
+    assert sum(state["counts"]["seen"] for state in states.values()) >= 200
     source = build(path, streaming=streaming, max_bad_fraction=0.03)
     shards = source.shards(range(4), 4)
     for number, shard in enumerate(shards):
@@ -359,7 +362,7 @@ def test_bad_captions_count(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "data", table)
     shard = only_shard(build(path, max_bad_fraction=0.5))
     assert len(set(map(caption, itertools.islice(shard, 8)))) == 8
-    assert shard.state_dict()["reader"]["bad"] == 2
+    assert shard.state_dict()["counts"]["bad"] == 2
 
 
 @pytest.mark.parametrize("value", [None, "", " ", 3, [], [None, ""], {"a": "b"}])
@@ -380,7 +383,7 @@ def test_decompression_bomb_is_a_bad_sample(
     path = write_parquet(tmp_path / "data", rows(20, {3: png(1, 12), 4: png(1, 64)}))
     shard = only_shard(build(path, max_bad_fraction=0.5))
     assert len(list(itertools.islice(shard, 18))) == 18
-    assert shard.state_dict()["reader"]["bad"] == 2
+    assert shard.state_dict()["counts"]["bad"] == 2
 
 
 def test_images_are_put_on_white_cropped_and_resized() -> None:
@@ -451,7 +454,10 @@ def test_stream_with_too_few_samples_for_a_shard(tmp_path: Path) -> None:
 
 def test_emoji_documents_interleave_up_to_the_configured_number_of_pairs():
     config = Multimodal(max_pairs=3, scene_fraction=0.0)
-    source = build_source(config, "train", build_image_tokenizer("emoji_32px"), is_endless=True)
+    tokenizers = SourceTokenizers(
+        build_text_tokenizer("emoji"), build_image_tokenizer("emoji_32px"), None
+    )
+    source = build_source(config, "train", tokenizers, is_endless=True)
     documents = take(source, 400)
     pairs = Counter(len(document.segments) // 2 for document in documents)
     assert set(pairs) == {1, 2, 3}
@@ -472,7 +478,7 @@ def test_relative_image_paths_are_found_beside_the_data(tmp_path: Path):
         lines.append(json.dumps({"image": f"images/{i}.png", "caption": f"row {i}"}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     config = Multimodal(source="datasets", path=str(tmp_path / "rows.jsonl"))
-    source = build_source(config, "train", GreyTokenizer(), is_endless=False)
+    source = build_source(config, "train", TOKENIZERS, is_endless=False)
     assert len(list(only_shard(source))) == 4
 
 
@@ -480,4 +486,4 @@ def test_a_broken_data_file_is_named(tmp_path: Path):
     (tmp_path / "broken.jsonl").write_text('{"image": ')
     config = Multimodal(source="datasets", path=str(tmp_path / "broken.jsonl"))
     with pytest.raises(ValueError, match=r"multimodal\.path = .*broken\.jsonl"):
-        build_source(config, "train", GreyTokenizer(), is_endless=False)
+        build_source(config, "train", TOKENIZERS, is_endless=False)

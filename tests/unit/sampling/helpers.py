@@ -8,7 +8,7 @@ import torch
 from tests.unit.data.fakes import SENTINELS, ByteTokenizer, GreyTokenizer
 from tests.unit.models.mot.helpers import build, tiny_args
 from torchtitan_mixtures.data.codecs import Codecs
-from torchtitan_mixtures.data.packing import Modalities
+from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.sources import Segment
 from torchtitan_mixtures.sampling.decoding import draw_uniforms
 
