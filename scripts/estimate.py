@@ -17,7 +17,9 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before the package looks for a device: a plan needs none, and is the same on every machine.
 os.environ["TORCHTITAN_MIXTURES_DEVICE"] = "cpu"
@@ -30,6 +32,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_mixtures.planning.devices import DEVICES, GIB, Device, find_device
 from torchtitan_mixtures.planning.fit import (
     RESERVE,
+    Remedy,
     fewest_ranks_for_state,
     find_remedy,
     fits,
@@ -41,7 +44,7 @@ from torchtitan_mixtures.planning.report import as_table, format_plan
 from torchtitan_mixtures.planning.step import Plan, plan_step
 from torchtitan_mixtures.planning.sweep import sweep
 from torchtitan_mixtures.planning.sweep_report import format_sweep, header_of, sweep_as_table
-from torchtitan_mixtures.planning.timing import step_times
+from torchtitan_mixtures.planning.timing import Times, step_times
 from torchtitan_mixtures.planning.toml_edit import check_target, write_config
 from torchtitan_mixtures.train import quiet_the_host
 from torchtitan_mixtures.user_errors import one_message
@@ -103,25 +106,48 @@ def estimate(options: argparse.Namespace, arguments: Sequence[str], device: Devi
     else:
         plans = [plan_step(arguments, world_size, options.rank)]
     plan = heaviest(plans)
-    show(options, plans, device, reserve)
-    if fits(plan, device, reserve):
+    times, slowest_rank = slowest(plans, device)
+    if not options.json:
+        print(format_plan(plan, times, device, reserve, slowest_rank))
+    misfit = None
+    if not fits(plan, device, reserve):
+        misfit = missing(arguments, plan, device, reserve)
+    if options.json:
+        table = as_table(plan, times, device, reserve)
+        print(json.dumps(table | {"remedy": misfit and as_numbers(misfit.remedy)}, indent=1))
+    if misfit is None:
         return 0
-    say(f"error: {missing(arguments, plan, device, reserve)}")
+    say(f"error: {misfit.text}")
     return 1
 
 
-def show(options: argparse.Namespace, plans: Sequence[Plan], device: Device, reserve: int) -> None:
-    """Print what the rank that needs most needs, and how long the slowest takes."""
-    plan, slowest = heaviest(plans), max(plans, key=lambda each: step_times(each, device).step)
-    times = step_times(slowest, device)
-    if options.json:
-        print(json.dumps(as_table(plan, times, device, reserve), indent=1))
-    else:
-        print(format_plan(plan, times, device, reserve, slowest.rank))
+@dataclass(frozen=True)
+class Misfit:
+    """By how much a job does not fit, and with what it would; None: with nothing that was tried."""
+
+    text: str
+    remedy: Remedy | None
 
 
-def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) -> str:
-    """Say by how much a job does not fit, and with what it would."""
+def slowest(plans: Sequence[Plan], device: Device) -> tuple[Times, int]:
+    """How long the slowest rank takes, and which it is."""
+    plan = max(plans, key=lambda each: step_times(each, device).step)
+    return step_times(plan, device), plan.rank
+
+
+def as_numbers(remedy: Remedy | None) -> dict[str, Any] | None:
+    """Give a remedy to programs."""
+    if remedy is None:
+        return None
+    return {
+        "world_size": remedy.world_size,
+        "overrides": list(remedy.overrides),
+        "peak": remedy.plan.memory.peak,
+    }
+
+
+def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) -> Misfit:
+    """Say by how much a job does not fit, and look for what makes it fit."""
     usable = device.memory - reserve
     text = (
         f"{plan.memory.peak / GIB:.1f} GiB of rank {plan.rank} do not fit in the "
@@ -131,11 +157,13 @@ def missing(arguments: Sequence[str], plan: Plan, device: Device, reserve: int) 
     if remedy is not None:
         ranks = "" if remedy.world_size == plan.world_size else f"--world-size {remedy.world_size} "
         peak = remedy.plan.memory.peak / GIB
-        return f"{text} It fits ({peak:.1f} GiB) with {ranks}{shlex.join(remedy.overrides)}"
+        changes = shlex.join(remedy.overrides)
+        return Misfit(f"{text} It fits ({peak:.1f} GiB) with {ranks}{changes}", remedy)
     needed = fewest_ranks_for_state(plan, device, reserve)
-    return (
+    return Misfit(
         f"{text} No change that was tried helps; parameters, gradients and optimizer state alone "
-        f"need {needed} ranks. Try --sweep with as many or more, or a device with more memory."
+        f"need {needed} ranks. Try --sweep with as many or more, or a device with more memory.",
+        None,
     )
 
 

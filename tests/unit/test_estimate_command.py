@@ -87,6 +87,25 @@ def test_what_does_not_fit_is_an_exit_code_and_a_remedy(estimate):
     )
 
 
+def test_programs_get_the_remedy_too(estimate):
+    tight = (*SMALL, "--training.local_batch_size=8", "--reserve", 79.5)
+    code, out, _ = estimate(DEBUG, "--json", *tight)
+    table = json.loads(out)
+    assert (code, table["fits"]) == (1, False)
+    assert table["remedy"]["overrides"] == ["--activation_checkpoint.mode=full"]
+    assert table["remedy"]["world_size"] == 1
+    assert table["remedy"]["peak"] <= 0.5 * 2**30 < table["memory"]["peak"]
+
+
+@pytest.mark.slow
+def test_the_largest_model_on_a_thousand_ranks_is_planned_within_a_minute():
+    config = TRAIN_CONFIGS / "mot" / "70B_3modality.toml"
+    command = [sys.executable, SCRIPT, config, "--world-size", "1024"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "1024 x h100-80g: TP 8 x FSDP 128" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import tomllib
@@ -40,7 +41,8 @@ def write_config(
     Args:
         source: A configuration of training.
         overrides: As they would follow it on the command line.
-        header_lines: What is written above it as comments, each without "#".
+        header_lines: Comments that replace those above the first section, each without "#"; none:
+            those stay.
         target: The file to write.
 
     Raises:
@@ -50,8 +52,12 @@ def write_config(
     check_target(target)
     changes = changed_values(source, overrides)
     text = edit_toml(source.read_text(encoding="utf-8"), changes, str(source))
-    header = "".join(f"# {line}".rstrip() + "\n" for line in header_lines)
-    target.write_text(f"{header}\n{text}" if header else text, encoding="utf-8")
+    if header_lines:  # what the source says above its first section is of another layout
+        rest = itertools.dropwhile(
+            lambda line: not line.strip() or line.startswith("#"), text.splitlines(keepends=True)
+        )
+        text = "".join((*(f"# {line}".rstrip() + "\n" for line in header_lines), "\n", *rest))
+    target.write_text(text, encoding="utf-8")
 
 
 def changed_values(source: Path, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
