@@ -32,8 +32,11 @@ def test_what_is_written_is_the_same_job_as_source_and_overrides(name, tmp_path)
     lines = target.read_text(encoding="utf-8").splitlines()
     source = config.read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["# Planned.", ""]
-    comments = [line for line in source if line.startswith("#")]
+    # Comments above the first section speak of the source's layout; others stay.
+    first = next(place for place, line in enumerate(source) if line.startswith("["))
+    comments = [line for line in source[first:] if line.startswith("#")]
     assert [line for line in lines[2:] if line.startswith("#")] == comments
+    assert lines[2].startswith("[")
     sections = [line for line in source if line.startswith("[")]
     assert [line for line in lines if line.startswith("[")][: len(sections)] == sections
 
