@@ -90,7 +90,7 @@ class Pipeline:
         self.schedule = schedule
         self.has_first = any(stage.is_first for stage in stages)
         self.has_last = any(stage.is_last for stage in stages)
-        self._stages = stages
+        self.stages = stages
         self._loss = loss
         self._group = group
         # What goes from stage to stage, by stage and shape of the batch: shape, dtype.
@@ -136,7 +136,7 @@ class Pipeline:
         """
         output: Tensor | None = None
         sends: list[Work] = []
-        for stage in self._stages:
+        for stage in self.stages:
             if stage.is_first:
                 x = inputs
             elif self._rank_of(stage, stage.stage_index - 1) == stage.group_rank:

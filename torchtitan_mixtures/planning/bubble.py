@@ -25,17 +25,21 @@ Key = tuple[_ComputationType, int, int | None]
 """What is done, of which stage, and of which microbatch."""
 
 
-def bubble_share(schedule: Any, ranks: int) -> float:
+def bubble_share(schedule: Any, ranks: int, microbatches: int | None = None) -> float:
     """Share of the time in which the mean rank has nothing to do.
 
     Args:
         schedule: PyTorch's, of one rank.
         ranks: Of the pipeline.
+        microbatches: How many there are; None: as the schedule has. Each that it lacks takes a
+            rank as long as it computes: the pipeline is full.
     """
     order = schedule_order(schedule, ranks)
     length = simulate(order)
     busy = sum(COST[action.computation_type] for row in order.values() for action in row)
-    return 1 - busy / (length * ranks)
+    further = (microbatches or schedule._n_microbatches) - schedule._n_microbatches
+    of_one = busy / schedule._n_microbatches  # of all ranks
+    return 1 - (busy + further * of_one) / (length * ranks + further * of_one)
 
 
 def schedule_order(schedule: Any, ranks: int) -> Order:

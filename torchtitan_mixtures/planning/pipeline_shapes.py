@@ -37,7 +37,7 @@ def tell_shapes(
         return _TensorMeta(torch.Size(shape), stride, dtype, requires_grad)
 
     stream, gradient = meta(model_args.dim, True), meta(model_args.dim, False)
-    for stage in pipeline._stages:
+    for stage in pipeline.stages:
         is_first, is_last = stage.is_first, stage.is_last
         outputs = meta(model_args.total_vocab_size, True) if is_last else stream
         stage._user_meta = _StageMeta(

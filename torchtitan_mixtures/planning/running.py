@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import get_train_context, maybe_enable_amp
@@ -75,6 +75,8 @@ class RankRun:
         optimizer_bytes: In and out of the optimiser's operators.
         rounds: Microbatches of gradient accumulation; those after the second are like it.
         tallies: Of the first and, if there is one, the second.
+        waiting: Of inputs and targets; of a pipeline those of all its microbatches, and the
+            buffers into which its stages receive what belongs to each.
     """
 
     parameters: int
@@ -86,6 +88,7 @@ class RankRun:
     optimizer_bytes: int
     rounds: int
     tallies: Sequence[Tally]
+    waiting: int
 
 
 class RankModel:
@@ -164,6 +167,7 @@ class RankModel:
                 return fake
 
             prepared = tree_map_only(Tensor, watched, prepared)
+            waiting = storage_bytes(t for t in tree_leaves(prepared) if isinstance(t, Tensor))
             tallies = [self._run_microbatch(meter, held + buffers, prepared)]
             if rounds > 1:
                 start = held + buffers + _gradient_bytes(parameters)
@@ -188,6 +192,7 @@ class RankModel:
                 optimizer_bytes=meter.other_bytes,
                 rounds=rounds,
                 tallies=tallies,
+                waiting=waiting + self._received_bytes(),
             )
 
     def _run_microbatch(self, meter: StepMeter, start: int, prepared: tuple[Any, ...]) -> Tally:
@@ -209,6 +214,15 @@ class RankModel:
             activations = meter.live - start
             loss.backward()
         return Tally.of(meter, activations)
+
+    def _received_bytes(self) -> int:
+        """Bytes of the buffers of a pipeline; its stages make them in its first step."""
+        stages = [] if self.pipeline is None else self.pipeline.stages
+        tables = [
+            table for stage in stages for table in (stage.args_recv_info, stage.grad_recv_info)
+        ]
+        received = (info for table in tables for infos in table.values() for info in infos)
+        return storage_bytes(info.buffer for info in received if info.buffer is not None)
 
     def _optimizers(self) -> Iterable[Optimizer]:
         build = self._spec.build_optimizers_fn

@@ -30,6 +30,7 @@ from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.planning.bubble import bubble_share
 from torchtitan_mixtures.planning.jobs import parse_planned_job
 from torchtitan_mixtures.planning.running import RankModel, RankRun
+from torchtitan_mixtures.planning.steady import shorten
 from torchtitan_mixtures.planning.world import (
     degrees_of,
     fake_world,
@@ -132,9 +133,10 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
         job_config, assumed = parse_planned_job(arguments)
         with assume_images(assumed):
             dims = make_dims(job_config, world_size)
-            model = RankModel(job_config, dims)
             samples, rounds = _samples_and_rounds(job_config, dims, world_size)
-            run = model.run(rounds)
+            microbatches = shorten(job_config, dims)
+            model = RankModel(job_config, dims)
+            run = microbatches.extend(model.run(rounds), dims)
             sent, calls = _traffic(run, dims)
         other_state = _other_state(job_config, run, world_size)
         replicas = job_config.parallelism.data_parallel_replicate_degree
@@ -152,7 +154,7 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
             model_flops=model.model_flops,
             samples=samples,
             tokens=samples * _positions(job_config, model.args),
-            microbatches=rounds * _microbatches(model),
+            microbatches=rounds * microbatches.all,
             flops=_of_all_rounds(run, "flops"),
             product_bytes=_of_all_rounds(run, "product_bytes"),
             other_bytes=_of_all_rounds(run, "other_bytes"),
@@ -161,7 +163,7 @@ def plan_step(arguments: Sequence[str], world_size: int, rank: int = 0) -> Plan:
             calls=calls,
             bubble=0.0
             if model.pipeline is None
-            else bubble_share(model.pipeline.schedule, dims.pp),
+            else bubble_share(model.pipeline.schedule, dims.pp, microbatches.all),
             precision=_precision(job_config, dims),
             is_compiled=model.is_compiled,
             assumed_images=assumed,
@@ -191,10 +193,6 @@ def _positions(job_config: MixtureJobConfig, model_args: Any) -> int:
     if getattr(model_args, "is_classifier", False):
         return 1
     return getattr(model_args, "num_tokens", job_config.training.seq_len)
-
-
-def _microbatches(model: RankModel) -> int:
-    return 1 if model.pipeline is None else model.pipeline.schedule._n_microbatches
 
 
 def _other_state(job_config: MixtureJobConfig, run: RankRun, world_size: int) -> int:

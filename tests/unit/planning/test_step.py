@@ -9,6 +9,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from tests.gang import run_ranks
 from tests.jobs import TRAIN_CONFIGS
 from torchtitan_mixtures.models import FAMILIES
+from torchtitan_mixtures.planning import steady, step
 from torchtitan_mixtures.planning.step import plan_step
 
 FLOAT32, MIB = 4, 2**20
@@ -148,6 +149,48 @@ def test_ranks_of_a_pipeline_hold_the_model_between_them(schedule):
     if schedule == "1F1B":
         gpipe = plan("mot", 2, *PIPELINE, "--parallelism.pipeline_parallel_schedule=GPipe")
         assert ranks[0].memory.peak < gpipe.memory.peak  # GPipe holds all four microbatches
+
+
+@pytest.mark.parametrize(
+    ("schedule", "world_size", "rank"),
+    [
+        ("1F1B", 2, 0),
+        pytest.param("1F1B", 2, 1, marks=pytest.mark.slow),
+        pytest.param("1F1B", 4, 0, marks=pytest.mark.slow),
+        ("Interleaved1F1B", 2, 0),
+    ],
+)
+def test_a_long_pipeline_is_planned_by_its_first_microbatches(
+    schedule, world_size, rank, monkeypatch
+):
+    arguments = [
+        f"--config={TRAIN_CONFIGS / 'mot' / 'debugmodel.toml'}",
+        *(f"--training.seq_len={SEQ}", "--validation.no-enable", *PIPELINE),
+        f"--parallelism.pipeline_parallel_schedule={schedule}",
+        *("--training.local_batch_size=8", "--parallelism.pipeline_parallel_microbatch_size=1"),
+    ]
+    short = plan_step(arguments, world_size, rank)
+    ran = []
+
+    def keep_all(job_config, dims):
+        count = job_config.training.local_batch_size
+        ran.append(steady.shorten(job_config, dims).run)
+        job_config.training.local_batch_size = count
+        return steady.Microbatches(count, count)
+
+    monkeypatch.setattr(step, "shorten", keep_all)
+    whole = plan_step(arguments, world_size, rank)
+    assert ran == [3 if schedule == "1F1B" else 4]
+    assert short.microbatches == whole.microbatches == 8
+    assert short.flops == whole.flops
+    assert short.bubble == pytest.approx(whole.bubble)
+    assert short.sent == pytest.approx(whole.sent, rel=1e-6)
+    assert short.calls == whole.calls
+    assert short.memory.gradients == whole.memory.gradients
+    assert short.memory.peak == pytest.approx(whole.memory.peak, rel=1e-3)
+    # What is of a step, not of a microbatch, is multiplied with the rest here.
+    assert short.product_bytes == whole.product_bytes
+    assert short.other_bytes == pytest.approx(whole.other_bytes, rel=0.05)
 
 
 def test_compiled_blocks_keep_less():
