@@ -95,11 +95,13 @@ class BlockSource(ABC, Generic[Sample]):
         """Which block stands at a place of an epoch."""
         if not self.is_endless:
             return place
-        if epoch not in self._orders:
-            self._orders[epoch] = epoch_order(self.seed, epoch, self.num_blocks, self.name)
+        order = self._orders.get(epoch)
+        if order is None:
+            order = epoch_order(self.seed, epoch, self.num_blocks, self.name)
+            self._orders[epoch] = order
             for finished in sorted(self._orders)[:-2]:  # shards may be in neighbouring epochs
                 del self._orders[finished]
-        return int(self._orders[epoch][place])
+        return int(order[place])
 
 
 class BlockShard(Generic[Sample]):
@@ -146,7 +148,7 @@ class BlockShard(Generic[Sample]):
             self._judge.count_bad(self._counts, f"{source.name}, block {block}", error)
             return
         order: Sequence[int] = range(len(samples))
-        if source.is_endless:
+        if source.is_endless and len(samples) > 1:
             order = epoch_order(source.seed, epoch, len(samples), f"{source.name}.{block}")
         for number in map(int, order[self._num_taken :]):
             self._num_taken += 1

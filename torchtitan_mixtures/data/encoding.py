@@ -148,7 +148,7 @@ class DocumentEncoder:
     def _codes(self, payload: NDArray, key: str) -> Tokens:
         if payload.ndim == 3:
             return self._image_tokenizer.encode(payload[None])[0]
-        if not np.issubdtype(payload.dtype, np.floating):
+        if payload.dtype.kind != "f":
             return payload.astype(np.int64, copy=False)
         if self._speech_tokenizer is None:
             raise ValueError(
