@@ -14,6 +14,9 @@ from dataclasses import asdict
 from random import Random
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.sources import Document, document_rng, epoch_order
 
@@ -49,7 +52,7 @@ class BlockSource(ABC, Generic[Sample]):
         self.name = name
         self.max_epochs = max_epochs if is_endless else 1
         self._max_bad_fraction = max_bad_fraction
-        self._orders: dict[int, Sequence[int]] = {}  # of the latest epochs
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
 
     @abstractmethod
     def read_block(self, block: int) -> Sequence[Sample]:
@@ -147,10 +150,10 @@ class BlockShard(Generic[Sample]):
             self._counts.seen += 1
             self._judge.count_bad(self._counts, f"{source.name}, block {block}", error)
             return
-        order: Sequence[int] = range(len(samples))
+        order = np.arange(len(samples))
         if source.is_endless and len(samples) > 1:
             order = epoch_order(source.seed, epoch, len(samples), f"{source.name}.{block}")
-        for number in map(int, order[self._num_taken :]):
+        for number in order[self._num_taken :].tolist():
             self._num_taken += 1
             self._counts.seen += 1
             key = source.sample_key(block, number, samples[number])

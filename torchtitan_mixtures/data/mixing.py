@@ -65,7 +65,9 @@ class Mixture:
         prints = [part.source.fingerprint() for part in self.ingredients]
         if len(self.ingredients) == 1:
             return prints[0]
-        merged: dict[str, Any] = {"sources": [part.name for part in self.ingredients]}
+        merged: dict[str, Any] = {
+            "names of multimodal.sources": [part.name for part in self.ingredients]
+        }
         for part, own in zip(self.ingredients, prints, strict=True):
             key = f"multimodal.sources[{part.name}]"
             merged |= {f"{key}.weight": part.weight, f"{key}.max_tokens": part.max_tokens}
