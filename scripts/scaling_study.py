@@ -4,10 +4,11 @@ Trains what the study's file says, one run after another, each through torchrun,
 scalars (`scalars.csv`), a row for each run (`runs.csv`), power laws with their 95 % intervals
 (`report.md`, `report.json`), and a chart over parameters, compute and time (`chart.png`).
 
-Every run is checked before the first begins; whether the metric's tag is logged shows after it.
-A study can be stopped at any moment, which ends its runs too, and goes on with the same command. A
-run that fails is reported and the rest goes on; the exit code is then 1, and the same command tries
-it again. `studies/mot_ladder.toml` is an example.
+Every run is checked before the first begins, and that it logs the metric as far as that is known;
+the first run that ends without it lets no other begin. A study can be stopped at any moment, which
+ends its runs too, and goes on with the same command. A run that fails or diverges is reported and
+the rest goes on; the exit code is then 1, and the same command tries it again.
+`studies/mot_ladder.toml` is an example.
 
 - `--dry-run` says what would run, and what it holds and costs.
 - `--report` reports what is done so far, also while the study is under way.
@@ -25,7 +26,8 @@ import torchtitan_mixtures  # noqa: F401  # isort: skip
 
 from torchtitan_mixtures.studies.comparison import markdown
 from torchtitan_mixtures.studies.pieces import Processes, leave_on_sigterm, note_settings, only_one
-from torchtitan_mixtures.studies.scaling_file import Run, Study, plan_runs, read_study
+from torchtitan_mixtures.studies.scaling_file import Study, read_study
+from torchtitan_mixtures.studies.scaling_plan import Run, plan_runs
 from torchtitan_mixtures.studies.scaling_report import write_report
 from torchtitan_mixtures.studies.scaling_runs import (
     command_of,
@@ -68,9 +70,9 @@ def run(out: Path, study: Study, runs: Sequence[Run], jobs: int) -> int:
         processes = Processes(out / "logs", [lock])
         commands = {one.name: command_of(out, one, study, LAUNCHER) for one in runs}
         failures = run_all(out, runs, study.metric, commands, processes, jobs, say)
+        for failure in failures:
+            print(f"FAILED: {failure.reason()}", file=sys.stderr, flush=True)
         print(write_report(out))
-    for failure in failures:
-        print(f"FAILED: {failure.reason()}", file=sys.stderr)
     return 1 if failures else 0
 
 

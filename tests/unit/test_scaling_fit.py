@@ -190,6 +190,12 @@ def test_the_report_has_all_scalars_a_row_a_run_and_the_laws(finished):
     first = {"run": "MoT-size0-0", "label": "MoT", "flavor": "size0", "seed": "0", "step": "2"}
     assert first | {"tag": "loss", "value": "9.0"} in scalars
     fits = json.loads((finished / "report.json").read_text())["fits"]
+    axes = ["parameters", "non_embedding_parameters", "training_flops", "seconds"]
+    assert list(fits) == axes
+    # The sizes of the fixture without 5 parameters each: the same law but for little.
+    inner = fits["non_embedding_parameters"]["MoT"]["power law"]
+    assert inner["exponent"] == pytest.approx(0.12, rel=1e-4) and inner["exponent"] != 0.12
+    assert inner["band"][0][0] == pytest.approx(SIZES[0] - 5)
     assert fits["seconds"]["MoT"]["power law"]["exponent"] == pytest.approx(0.12, rel=1e-4)
     assert fits["parameters"]["MoT"]["with floor"]["exponent"] == pytest.approx(0.12, rel=1e-2)
     assert fits["parameters"]["dense"]["with floor"] == "4 of at least 5 sizes are done"
@@ -203,10 +209,37 @@ def test_a_report_of_few_sizes_says_that_there_is_no_fit(finished):
         facts["active"] = None  # as of families that do not count them
     (finished / "protocol.json").write_text(json.dumps(settings))
     text = scaling_report.write_report(finished)
-    assert text.count("no fit: 2 of at least 3 sizes are done") == 3
+    assert text.count("no fit: 2 of at least 3 sizes are done") == 4
     assert "not counted" in text and "floor" not in text
     (row, _) = json.loads((finished / "report.json").read_text())["runs"]
     assert scaling_report.parameters_of(row) == row["stored_parameters"]
+
+
+def test_what_is_no_number_is_null_and_runs_that_failed_are_named(finished, monkeypatch):
+    law = scaling_fit.PowerLaw(float("inf"), 0.1, float("nan"), 0.2, "made up", 3, [])
+    monkeypatch.setattr(scaling_fit, "fit_power_law", lambda samples: law)
+    failure = finished / "runs" / "dense-size4-0" / "failure.json"
+    failure.write_text(json.dumps({"reason": "dense-size4-0: out of luck"}))
+    # Of a run that is done by now nothing is said.
+    failure = finished / "runs" / "dense-size3-0" / "failure.json"
+    failure.write_text(json.dumps({"reason": "long ago"}))
+    text = scaling_report.write_report(finished)
+    assert "Failed (last logged step: 2): dense-size4-0: out of luck" in text
+    assert "Not done" not in text and "long ago" not in text
+    report = json.loads((finished / "report.json").read_text())
+    json.dumps(report, allow_nan=False)
+    assert report["failed"] == {"dense-size4-0": "dense-size4-0: out of luck"}
+    found = report["fits"]["seconds"]["MoT"]["power law"]
+    assert (found["scale"], found["low"], found["high"]) == (None, None, 0.2)
+
+
+def test_sizes_too_close_together_for_a_law_are_said_and_the_report_is_written(finished):
+    settings = json.loads((finished / "protocol.json").read_text())
+    for number, run in enumerate(settings["runs"].values()):
+        run["facts"]["active"] = 1_000_000 + number
+    (finished / "protocol.json").write_text(json.dumps(settings))
+    text = scaling_report.write_report(finished)
+    assert text.count("| active parameters | MoT | - | - | no fit: sizes lie too close") == 1
 
 
 def test_a_folder_without_a_study_is_no_report(tmp_path):

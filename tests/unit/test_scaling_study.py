@@ -1,26 +1,24 @@
-"""Scaling studies: their files, and runs that fail, are killed and go on."""
+"""Scaling studies: runs that fail, diverge, are killed and go on, and the command."""
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.jobs import ROOT
-from torchtitan_mixtures.models.mot import mot_args
+from tests.jobs import ROOT, TRAIN_CONFIGS
 from torchtitan_mixtures.studies import leash, scaling_runs
 from torchtitan_mixtures.studies.pieces import Command, Processes, note_settings
-from torchtitan_mixtures.studies.scaling_file import Facts, Metric, Run, plan_runs, read_study
+from torchtitan_mixtures.studies.scaling_file import Metric, read_study
+from torchtitan_mixtures.studies.scaling_plan import Facts, Run
 
 LADDER = ROOT / "studies" / "mot_ladder.toml"
-CONFIG = ROOT / "train_configs" / "mot" / "debugmodel.toml"
+CONFIG = TRAIN_CONFIGS / "mot" / "debugmodel.toml"
 METRIC = Metric("validation/unseen_concept/loss")
 STEPS = 4
 
@@ -33,160 +31,6 @@ def script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-# --- the file -------------------------------------------------------------------------------------
-
-GOOD = f"""
-name = "tiny"
-seeds = [0, 3]
-overrides = ["--training.steps={STEPS}", "--validation.freq=2", "--metrics.log_freq=2"]
-[metric]
-tag = "{METRIC.tag}"
-[[runs]]
-label = "MoT"
-config = "{CONFIG}"
-flavors = ["ladder1", "ladder2"]
-overrides = ["--optimizer.lr=0.5"]
-[[runs]]
-label = "dense"
-config = "{CONFIG}"
-flavors = ["ladder1_dense"]
-"""
-
-
-def study_file(folder, *changes):
-    """A study's file, with texts replaced by others."""
-    text = GOOD
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path = folder / "tiny.toml"
-    path.write_text(text)
-    return path
-
-
-def test_each_flavour_is_trained_once_for_each_seed(tmp_path):
-    path = study_file(tmp_path)
-    study = read_study(path)
-    runs = plan_runs(path, study)
-    names = ["MoT-ladder1-0", "MoT-ladder1-3", "MoT-ladder2-0", "MoT-ladder2-3"]
-    assert [run.name for run in runs] == [*names, "dense-ladder1_dense-0", "dense-ladder1_dense-3"]
-    assert study.folder == Path("outputs/studies/tiny")
-    mot, dense = runs[1], runs[5]
-    assert (mot.seed, mot.job["debug"]["seed"], mot.job["multimodal"]["seed"]) == (3, 3, 3)
-    assert (mot.steps, mot.job["optimizer"]["lr"], dense.job["optimizer"]["lr"]) == (4, 0.5, 3e-3)
-    # The flavour's, and the rows of 1,024 codes; a vocabulary of 3,072 is looked up.
-    assert mot.facts.stored == 307_632 + 2 * 1024 * 48
-    assert mot.facts.active == dense.facts.active == dense.facts.stored == 252_144 + 2 * 1024 * 48
-    assert mot.facts.non_embedding == mot.facts.active - 3072 * 48
-    attention = 12 * 2 * 48 * 2048
-    assert mot.facts.flops_per_token == 6 * mot.facts.non_embedding + attention
-    command = scaling_runs.train_command(Path("out"), mot, study, ["torchrun"])
-    start = ["torchrun", "--standalone", "--nproc_per_node=1", "-m", "torchtitan_mixtures.train"]
-    assert command == [*start, *mot.arguments, "--job.dump_folder=out/runs/MoT-ladder1-3"]
-
-
-BAD = {
-    "no TOML": (('name = "tiny"', "name = "), r"not valid TOML"),
-    "an unknown key": (("seeds =", "seds ="), r"seds: unknown .*did you mean seeds, threads\?"),
-    "an unknown key of an entry": (
-        ("flavors = [\"ladder1_dense", "flavor = [\"ladder1_dense"),
-        r"runs\[1\]\.flavor: unknown key; did you mean runs\[1\]\.flavors\?",
-    ),
-    "a missing key": ((f'tag = "{METRIC.tag}"', ""), r"metric\.tag: is missing; set it"),
-    "no entries": (("[[runs]]", "[[other]]"), r"runs: one or more \[\[runs\]\]"),
-    "a wrong type": (("[0, 3]", '"all"'), r"seeds = 'all': must be a list of an integer"),
-    "equal seeds": (("[0, 3]", "[1, 1]"), r"seeds = \[1, 1\]: must be one or more different"),
-    "a name that is no folder": (('"tiny"', '"a/b"'), r"name = 'a/b': must be letters"),
-    "no flavours": (('["ladder1_dense"]', "[]"), r"runs\[1\]: label = 'dense', flavors = \[\]"),
-    "an own key": (
-        ("--optimizer.lr=0.5", "--debug.seed=1"),
-        r"runs\[0\]\.overrides: '--debug\.seed=1': the study sets debug\.seed itself.*remove it",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_file_is_refused(what, tmp_path):
-    change, message = BAD[what]
-    with pytest.raises(ValueError, match=rf"tiny\.toml: {message}"):
-        read_study(study_file(tmp_path, change))
-
-
-BAD_RUNS = {
-    "an unknown flavour": (
-        ('"ladder2"]', '"ladder9"]'),
-        r"runs\[0\] \('MoT'\), flavor 'ladder9': model\.flavor = 'ladder9' is not a flavour of "
-        r"'mot'; known flavours: .*ladder4",
-    ),
-    "an unknown key": (
-        ("--optimizer.lr=0.5", "--optimizer.lrr=0.5"),
-        r"runs\[0\] .*overrides: Unrecognized options: --optimizer\.lrr=0\.5; did you mean .*--opt",
-    ),
-    "a value of another type": (
-        ("--optimizer.lr=0.5", "--optimizer.lr=fast"),
-        r"overrides: Error parsing --optimizer\.lr: could not convert string to float: 'fast'",
-    ),
-    "a bad value": (("lr=0.5", "lr=-1"), r"'ladder1': optimizer\.lr = -1\.0: must be"),
-    "no such configuration": ((str(CONFIG), "no.toml"), r"--config /.*no\.toml: cannot be read"),
-    "no checkpoints": (("--optimizer.lr=0.5", "--checkpoint.no_enable"), r"checkpoint\.enable ="),
-    "a last step that is not logged": (
-        ("log_freq=2", "log_freq=3"),
-        r"metrics\.log_freq = 3: must be a divisor of training\.steps = 4",
-    ),
-    "a last step that is not validated": (
-        ("validation.freq=2", "validation.freq=3"),
-        r"validation\.freq = 3: must be",
-    ),
-    "an unknown split": (
-        ("unseen_concept", "unseen"),
-        r"metric\.tag = 'validation/unseen/loss': must be of a split in .*unseen_concept",
-    ),
-    "a run that is there twice": (
-        ('"dense"', '"MoT"'),
-        "nothing",
-    ),
-    "too many processes": (
-        ("seeds =", "nproc_per_node = 3\nseeds ="),
-        r"runs\[0\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", BAD_RUNS)
-def test_a_file_with_runs_that_cannot_be_is_refused(what, tmp_path):
-    change, message = BAD_RUNS[what]
-    changes = [change]
-    if what == "a run that is there twice":
-        changes.append(('"ladder1_dense"', '"ladder1"'))
-        message = r"runs\[1\] .*there is a run 'MoT-ladder1-0' already; give one .* another label"
-    if what == "too many processes":
-        changes.append(("--optimizer.lr=0.5", "--parallelism.tensor_parallel_degree=2"))
-    path = study_file(tmp_path, *changes)
-    before = dict(os.environ)
-    with pytest.raises(ValueError, match=rf"tiny\.toml: .*{message}"):
-        plan_runs(path, read_study(path))
-    assert dict(os.environ) == before
-
-
-def test_the_ladder_compares_equal_active_parameters_and_flops():
-    study = read_study(LADDER)
-    runs = {run.name: run for run in plan_runs(LADDER, study)}
-    assert len(runs) == 4 * 2 * 2
-    sizes = []
-    for number in range(1, 5):
-        mot, dense = runs[f"MoT-ladder{number}-0"], runs[f"dense-ladder{number}_dense-0"]
-        assert mot.facts.active == dense.facts.active == dense.facts.stored < mot.facts.stored
-        assert mot.facts.flops_per_token == dense.facts.flops_per_token
-        rate = 3e-3 * (256 / mot_args[mot.flavor].dim) ** 0.5
-        assert mot.job["optimizer"]["lr"] == pytest.approx(rate, rel=2e-3)
-        jobs = [mot.job, dense.job, runs["MoT-ladder1-0"].job]
-        for job in jobs:
-            job["model"] = job["optimizer"]["lr"] = None
-        assert jobs[0] == jobs[1] == jobs[2]
-        sizes.append(mot.facts.non_embedding)
-    assert all(2.5 < b / a < 3.5 for a, b in pairwise(sizes))
 
 
 # --- the runs -------------------------------------------------------------------------------------
@@ -225,8 +69,8 @@ class FakeProcesses(Processes):
             raise ValueError(f"{piece.name}: fell over")
         assert not (folder / "checkpoint" / f"step-{STEPS}").exists()
         leave_checkpoint(folder)
-        values = {METRIC.tag: (STEPS, 2.0)} if act == "train" else {"other": (STEPS, 2.0)}
-        leave_events(folder, values)
+        value = float("nan") if act == "diverge" else 2.0
+        leave_events(folder, {"other" if act == "forget" else METRIC.tag: (STEPS, value)})
 
 
 def run_all(out, processes, *names):
@@ -235,16 +79,63 @@ def run_all(out, processes, *names):
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on_and_it_is_tried_again(tmp_path):
-    first = FakeProcesses(tmp_path, b="fail", c="forget")
+    first = FakeProcesses(tmp_path, b="fail", c="diverge")
     failures = run_all(tmp_path, first, "a", "b", "c", "d")
     assert first.ran == ["a", "b", "c", "d"]
     assert [failure.run for failure in failures] == ["b", "c"]
     assert failures[0].message == "b: fell over"
-    assert "metric.tag = 'validation/unseen_concept/loss': was not logged" in failures[1].message
-    assert "there are other" in failures[1].message
+    tag = "validation/unseen_concept/loss"
+    assert f"c: its {tag} is nan at step 4: it has diverged; give it a" in failures[1].message
+    reasons = [scaling_runs.failure_of(tmp_path, name) for name in "abcd"]
+    assert reasons == [None, failures[0].message, failures[1].message, None]
     second = FakeProcesses(tmp_path)
     assert run_all(tmp_path, second, "a", "b", "c", "d") == []
     assert second.ran == ["b", "c"]
+    assert [scaling_runs.failure_of(tmp_path, name) for name in "bc"] == [None, None]
+
+
+def test_a_metric_that_is_not_logged_ends_the_study_with_the_first_run(tmp_path):
+    said, processes = [], FakeProcesses(tmp_path, a="fail", b="forget")
+    commands = {name: Command([], tmp_path / "never") for name in "abcd"}
+    runs = some_runs("a", "b", "c", "d")
+    failures = scaling_runs.run_all(tmp_path, runs, METRIC, commands, processes, say=said.append)
+    assert processes.ran == ["a", "b"]
+    assert [failure.run for failure in failures] == ["a", "b"]
+    assert "metric.tag = 'validation/unseen_concept/loss': was not logged" in failures[1].message
+    assert "there are other. Set one of them" in failures[1].message
+    assert said[-1] == "no other run begins: they would end like this"
+    # With another metric what was trained is done.
+    mended, processes = Metric("other"), FakeProcesses(tmp_path, a="forget", c="forget", d="forget")
+    assert scaling_runs.run_all(tmp_path, runs, mended, commands, processes) == []
+    assert processes.ran == ["a", "c", "d"]
+
+
+LOGS = {
+    "of a run that said what is wrong": (
+        "error: the first\nValueError: of a library\n\x1b[31merror: the last\x1b[0m\nmore\n",
+        "it fell. error: the last",
+    ),
+    "of an exception": (
+        "[rank0]: Traceback (most recent call last):\n[rank0]: RuntimeError: out of luck\n" * 2
+        + "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n" + "====\n" * 20,
+        "it fell. RuntimeError: out of luck",
+    ),
+    "of a process that was killed": (
+        "step: 1\n  exitcode  : -9 (pid: 7)\n  traceback : Signal 9 (SIGKILL) received by PID 7\n",
+        "it fell. Signal 9 (SIGKILL) received by PID 7",
+    ),
+    "of nothing": ("step: 1\n", "it fell."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOGS)
+def test_the_reason_is_the_last_word_of_this_try(what, tmp_path):
+    text, reason = LOGS[what]
+    log = tmp_path / "log.txt"
+    assert scaling_runs.Failure("a", "it fell.", log).reason() == "it fell."
+    log.write_text("error: of an earlier try\n" + text)
+    begin = len("error: of an earlier try\n")
+    assert scaling_runs.Failure("a", "it fell.", log, begin).reason() == reason
 
 
 def test_a_run_that_was_killed_before_its_last_validation_does_its_last_steps_again(tmp_path):
@@ -307,6 +198,38 @@ def test_a_folder_refuses_a_study_that_differs_and_names_in_what(tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
+STUDY = f"""
+name = "tiny"
+seeds = [0, 3]
+overrides = [
+    "--training.steps={STEPS}", "--training.seq_len=256", "--validation.seq_len=256",
+    "--validation.freq=2", "--validation.steps=1", "--metrics.log_freq=2",
+    "--checkpoint.interval=2", "--sampling.interval=0", "--lr_scheduler.warmup_steps=1",
+]
+[metric]
+tag = "{METRIC.tag}"
+[[runs]]
+label = "MoT"
+config = "{CONFIG}"
+flavors = ["ladder1", "ladder2", "ladder1_dense"]
+"""
+
+
+def study_file(folder, text=STUDY):
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+def strict_json(path):
+    """Read a file that may hold no NaN, which JSON does not have."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
 def test_a_study_ends_with_code_1_where_runs_fail_and_goes_on_later(
     script, tmp_path, monkeypatch, capsys
 ):
@@ -329,13 +252,18 @@ def test_a_study_ends_with_code_1_where_runs_fail_and_goes_on_later(
     printed = capsys.readouterr()
     assert "MoT-ladder2-0: FAILED." in printed.out and "5 of 6 runs are done." in printed.out
     (last,) = printed.err.splitlines()
+    assert printed.out.index("MoT-ladder2-0: FAILED.") < printed.out.index("# tiny")
     log = out / "logs" / "MoT-ladder2-0.txt"
     assert last.startswith("FAILED: MoT-ladder2-0: a command ended with code 2; see")
     assert str(log) in last and last.endswith("error: out of luck")
+    failed = strict_json(out / "report.json")["failed"]
+    assert failed == {"MoT-ladder2-0": last.removeprefix("FAILED: ")}
+    assert "Not done" not in printed.out and f"step: 0): {failed['MoT-ladder2-0']}" in printed.out
     is_broken = False
     assert script.main([str(path), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("5 of 6 runs are done\nMoT-ladder2-0: begins\n")
+    assert strict_json(out / "report.json")["failed"] == {}
     assert script.main([str(path), "--out", str(out), "--report"]) == 0
     assert capsys.readouterr().out.strip() == (out / "report.md").read_text().strip()
     settings = json.loads((out / "protocol.json").read_text())
@@ -352,6 +280,31 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(script, tmp_path, caps
     with pytest.raises(SystemExit):
         script.main([str(tmp_path / "none.toml")])
     assert "none.toml: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_that_diverge_and_that_fail_in_the_middle_are_named_and_the_rest_goes_on(
+    script, tmp_path, capfd
+):
+    one_seed = STUDY.replace("[0, 3]", "[0]")
+    rates = '[runs.overrides_of]\nladder1 = ["--optimizer.lr=1e30"]\n'
+    path, out = study_file(tmp_path, one_seed + rates), tmp_path / "out"
+    blocked = out / "runs" / "MoT-ladder2-0" / "checkpoint" / "step-2"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("in the way of the first checkpoint")
+    process = [sys.executable, script.__file__, path, "--out", out]
+    assert subprocess.run(process, cwd=ROOT).returncode == 1
+    printed = capfd.readouterr()
+    first, second = printed.err.splitlines()[-2:]
+    assert first.startswith("FAILED: MoT-ladder1-0: ") and "training has diverged" in first
+    assert second.startswith("FAILED: MoT-ladder2-0: ") and "FileExistsError: " in second
+    assert "1 of 3 runs are done." in printed.out
+    report = strict_json(out / "report.json")
+    assert list(report["failed"]) == ["MoT-ladder1-0", "MoT-ladder2-0"]
+    assert [run["done"] for run in report["runs"]] == [False, False, True]
+    assert [run["step"] for run in report["runs"]] == [2, 2, STEPS]
+    scalars = (out / "scalars.csv").read_text()
+    assert "MoT-ladder1-0,MoT,ladder1,0,2,grad_norm,nan" in scalars
 
 
 # --- the leash ------------------------------------------------------------------------------------

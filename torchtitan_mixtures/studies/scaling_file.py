@@ -1,4 +1,4 @@
-"""What a scaling study trains, as its TOML says, checked before anything runs.
+"""What a scaling study trains, as its TOML says.
 
 A study is a list of entries. An entry names a configuration and flavours of it that make one line
 of the chart; entries of the same label make one line together. Each flavour is trained once for
@@ -10,24 +10,15 @@ command line of `torchtitan_mixtures.train`.
 
 import contextlib
 import dataclasses
-import io
+import difflib
 import re
-import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torchtitan.protocols.train_spec import get_train_spec
-
 from torchtitan_mixtures.config_values import check_table
-from torchtitan_mixtures.job_config import MixtureJobConfig
-from torchtitan_mixtures.objectives.classification import lengthen_to_same_flops
-from torchtitan_mixtures.planning.world import world_size_in_environment
-from torchtitan_mixtures.train import parse_job
 
 OWN_KEYS = (
     "config",
@@ -38,6 +29,9 @@ OWN_KEYS = (
     "multimodal.seed",
 )
 """What a study sets itself, so that no override may."""
+
+_NO_TRAINING = re.compile(r"(-h|--help|--tyro-.*)")
+"""What lets the command line's parser print something and end."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,9 @@ class Entry:
 
     overrides: list[str] = field(default_factory=list)
     """As on the command line: ["--optimizer.lr=1e-3"]. They win over those of the study."""
+
+    overrides_of: dict[str, list[str]] = field(default_factory=dict)
+    """Of single flavours, by name; they win over those of the entry."""
 
 
 @dataclass(frozen=True)
@@ -102,55 +99,6 @@ class Study:
         return Path(self.out or f"outputs/studies/{self.name}")
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a model holds and costs, before it is trained."""
-
-    stored: int
-    """Parameters of the model."""
-
-    active: int | None
-    """Those that a token passes through; None where the family does not count them."""
-
-    non_embedding: int
-    """Those of `active`, or else of `stored`, that are not looked up in an `nn.Embedding`."""
-
-    flops_per_token: int
-    """Of a training step, as the family counts them; `mone` counts images."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        name: Of its folder; no other run of the study has it.
-        label: Line of the chart.
-        flavor: Size.
-        seed: Seed.
-        arguments: Of `torchtitan_mixtures.train`, but for the folder.
-        steps: The step it ends with.
-        facts: Of its model.
-        job: The whole configuration, without `[job]`.
-    """
-
-    name: str
-    label: str
-    flavor: str
-    seed: int
-    arguments: list[str]
-    steps: int
-    facts: Facts
-    job: dict[str, Any]
-
-    def settings(self) -> dict[str, Any]:
-        """What may not change while a study goes on."""
-        settings = dataclasses.asdict(self)
-        # Paths: the configuration is in `job`, and where it was read from does not matter.
-        del settings["arguments"], settings["name"]
-        return settings
-
-
 # --- the file -------------------------------------------------------------------------------------
 
 
@@ -166,17 +114,17 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    with _named(path):
+    with named(path):
         # Lists of tables are beyond check_table.
         entries = table.get("runs")
         if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
             raise ValueError("runs: one or more [[runs]] with label, config and flavors must be.")
+        _check_keys(Study, table, "")
         check_table(Study, {key: value for key, value in table.items() if key != "runs"})
+        _check_keys(Metric, table["metric"], "metric.")
         for number, entry in enumerate(entries):
+            _check_keys(Entry, entry, f"runs[{number}].")
             check_table(Entry, entry, f"runs[{number}].")
-            _require_keys(Entry, entry, f"runs[{number}].")
-        _require_keys(Study, table, "")
-        _require_keys(Metric, table["metric"], "metric.")
         table["metric"] = Metric(**table["metric"])
         table["runs"] = [Entry(**entry) for entry in entries]
         study = Study(**table)
@@ -185,7 +133,7 @@ def read_study(path: Path) -> Study:
 
 
 @contextlib.contextmanager
-def _named(where: object) -> Iterator[None]:
+def named(where: object) -> Iterator[None]:
     """Say of errors where they are."""
     try:
         yield
@@ -193,16 +141,27 @@ def _named(where: object) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _require_keys(of: type, table: dict[str, Any], prefix: str) -> None:
-    for key in dataclasses.fields(of):
+def _check_keys(of: type, table: dict[str, Any], prefix: str) -> None:
+    """Raise ValueError for the first key that is unknown, or else missing."""
+    keys = {key.name: key for key in dataclasses.fields(of)}
+    for name in table:
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or sorted(keys)
+            raise ValueError(
+                f"{prefix}{name}: unknown key; did you mean {', '.join(prefix + n for n in near)}?"
+            )
+    for name, key in keys.items():
         needed = key.default is key.default_factory is dataclasses.MISSING
-        if needed and key.name not in table:
-            raise ValueError(f"{prefix}{key.name}: is missing; set it.")
+        if needed and name not in table:
+            raise ValueError(f"{prefix}{name}: is missing; set it.")
 
 
 def _check_values(study: Study) -> None:
-    if not re.fullmatch(r"[\w.-]+", study.name):
-        raise ValueError(f"name = {study.name!r}: must be letters, digits, '_', '.' or '-'.")
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", study.name):
+        raise ValueError(
+            f"name = {study.name!r}: must be letters, digits, '_', '.' or '-', and not dots or "
+            "dashes alone, as a folder is named so."
+        )
     seeds = study.seeds
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds = {seeds}: must be one or more different numbers of at least 0.")
@@ -217,157 +176,35 @@ def _check_values(study: Study) -> None:
         raise ValueError("runs = []: nothing to train; add an entry, [[runs]].")
     _check_overrides("overrides", study.overrides)
     for number, entry in enumerate(study.runs):
-        if not entry.label or not entry.flavors:
+        _check_entry(f"runs[{number}]", entry)
+
+
+def _check_entry(key: str, entry: Entry) -> None:
+    flavors = entry.flavors
+    if not entry.label or not flavors:
+        raise ValueError(
+            f"{key}: label = {entry.label!r}, flavors = {flavors}: neither may be empty."
+        )
+    if len(set(flavors)) < len(flavors):
+        raise ValueError(f"{key} ({entry.label!r}): flavors = {flavors}: must differ.")
+    _check_overrides(f"{key}.overrides", entry.overrides)
+    for flavor, overrides in entry.overrides_of.items():
+        if flavor not in flavors:
             raise ValueError(
-                f"runs[{number}]: label = {entry.label!r}, flavors = {entry.flavors}: neither may "
-                "be empty."
+                f"{key} ({entry.label!r}): overrides_of.{flavor}: is no flavour of this entry, "
+                f"flavors = {flavors}; add it there, or remove it."
             )
-        _check_overrides(f"runs[{number}].overrides", entry.overrides)
+        _check_overrides(f"{key}.overrides_of.{flavor}", overrides)
 
 
 def _check_overrides(key: str, overrides: Sequence[str]) -> None:
     for override in overrides:
-        name = override.partition("=")[0].removeprefix("--").replace("-", "_")
-        if override.startswith("--") and name in OWN_KEYS:
+        option = override.partition("=")[0].replace("_", "-")
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in OWN_KEYS:
             raise ValueError(
                 f"{key}: {override!r}: the study sets {name} itself, of config, flavors, seeds "
                 "and out; remove it."
             )
-
-
-# --- the runs -------------------------------------------------------------------------------------
-
-
-def plan_runs(path: Path, study: Study) -> list[Run]:
-    """Make the runs of a study, each checked as the training would, and in the order of the file.
-
-    Args:
-        path: The study's file.
-        study: What it says.
-
-    Raises:
-        ValueError: Names the file, the entry, the flavour, and what is wrong.
-    """
-    runs: dict[str, Run] = {}
-    for number, entry in enumerate(study.runs):
-        for flavor in entry.flavors:
-            for seed in study.seeds:
-                where = f"{path}: runs[{number}] ({entry.label!r}), flavor {flavor!r}"
-                with _named(where):
-                    run = _plan_run(path, study, entry, flavor, seed)
-                    if run.name in runs:
-                        raise ValueError(
-                            f"there is a run {run.name!r} already; give one of them another label."
-                        )
-                runs[run.name] = run
-    return list(runs.values())
-
-
-def _plan_run(path: Path, study: Study, entry: Entry, flavor: str, seed: int) -> Run:
-    config = (path.parent / entry.config).resolve()
-    arguments = [
-        f"--config={config}",
-        *study.overrides,
-        *entry.overrides,
-        f"--model.flavor={flavor}",
-        f"--debug.seed={seed}",
-        f"--multimodal.seed={seed}",
-    ]
-    job = _parse(arguments, study.nproc_per_node)
-    _check_job(job, study.metric)
-    settings = job.to_dict()
-    del settings["job"]
-    return Run(
-        re.sub(r"[^\w.]+", "-", f"{entry.label}-{flavor}-{seed}"),
-        entry.label,
-        flavor,
-        seed,
-        arguments,
-        job.training.steps,
-        _facts(job),
-        settings,
-    )
-
-
-def _parse(arguments: Sequence[str], num_processes: int) -> MixtureJobConfig:
-    """Parse and check a training's arguments for so many processes."""
-    printed = io.StringIO()
-    try:
-        # An empty folder: what a run goes on from is its own to check. Warnings are in its log.
-        with (
-            world_size_in_environment(num_processes),
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stderr(printed),
-        ):
-            job = parse_job([*arguments, f"--job.dump_folder={folder}"])
-    except SystemExit:  # how the command line's parser refuses what it does not know
-        raise ValueError(_refusal(printed.getvalue())) from None
-    if job.nested.same_flops:
-        lengthen_to_same_flops(job)
-    return job
-
-
-def _refusal(printed: str) -> str:
-    """Make one line of the box that the command line's parser prints, in whichever characters.
-
-    It has a title, and then parts between rules: what is wrong, and what may have been meant.
-    """
-    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip(" |") for line in printed.splitlines()[1:]]
-    text = "\n".join(line if line.strip("-") else "" for line in lines)
-    wrong, *parts = text.strip("\n").split("\n\n")
-    hints = [part for part in parts if part.startswith("Perhaps")]
-    near = ", ".join(re.findall(r"^(--\S+)", "\n".join(hints), re.M))
-    remedy = f"; did you mean {near}?" if near else "; mend it."
-    return f"overrides: {' '.join(wrong.split())}{remedy}"
-
-
-def _check_job(job: MixtureJobConfig, metric: Metric) -> None:
-    """Check what a study needs of a run: that it can go on, and that its last step is logged."""
-    steps, log_freq = job.training.steps, job.metrics.log_freq
-    rules = [
-        (job.checkpoint.enable, "checkpoint.enable = false", "true, to go on where it stopped"),
-        (
-            job.checkpoint.folder == "checkpoint",
-            f"checkpoint.folder = {job.checkpoint.folder!r}",
-            "'checkpoint', where the study looks for what is done",
-        ),
-        (job.metrics.enable_tensorboard, "metrics.enable_tensorboard = false", "true"),
-        (not job.metrics.save_for_all_ranks, "metrics.save_for_all_ranks = true", "false"),
-        (
-            steps % log_freq == 0,
-            f"metrics.log_freq = {log_freq}",
-            f"a divisor of training.steps = {steps}, so that the last step is logged",
-        ),
-    ]
-    if metric.tag.startswith("validation/"):
-        freq, (_, split, *_) = job.validation.freq, metric.tag.split("/")
-        splits = job.multimodal.validation_splits
-        rules += [
-            (job.validation.enable, "validation.enable = false", f"true, for {metric.tag!r}"),
-            (
-                steps % freq == 0,
-                f"validation.freq = {freq}",
-                f"a divisor of training.steps = {steps}, so that the last step is validated",
-            ),
-            (
-                split in splits,
-                f"metric.tag = {metric.tag!r}",
-                f"of a split in multimodal.validation_splits = {splits}",
-            ),
-        ]
-    for holds, found, allowed in rules:
-        if not holds:
-            raise ValueError(f"{found}: must be {allowed}.")
-
-
-def _facts(job: MixtureJobConfig) -> Facts:
-    spec = get_train_spec(job.model.name)
-    args: Any = spec.model_args[job.model.flavor]
-    args.update_from_config(job)
-    with torch.device("meta"):
-        model = spec.model_cls(args)
-    stored, flops = args.get_nparams_and_flops(model, job.training.seq_len)
-    active = getattr(args, "num_active_parameters", None)
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    looked_up = sum(table.weight.numel() for table in tables)
-    return Facts(stored, active, (stored if active is None else active) - looked_up, flops)
+        if _NO_TRAINING.fullmatch(option):
+            raise ValueError(f"{key}: {override!r}: would train nothing; remove it.")

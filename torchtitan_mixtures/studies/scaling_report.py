@@ -18,7 +18,7 @@ from torchtitan_mixtures.studies.comparison import Summary, markdown
 from torchtitan_mixtures.studies.pieces import SETTINGS_NAME, write_json
 from torchtitan_mixtures.studies.scaling_file import Metric
 from torchtitan_mixtures.studies.scaling_fit import PowerLaw, PowerLawWithFloor, Sample
-from torchtitan_mixtures.studies.scaling_runs import folder_of, is_done
+from torchtitan_mixtures.studies.scaling_runs import failure_of, folder_of, is_done
 from torchtitan_mixtures.studies.scaling_scalars import (
     read_scalars,
     summarise_run,
@@ -39,6 +39,7 @@ class Axis(NamedTuple):
 
 AXES = (
     Axis("parameters", "parameters", "active parameters"),
+    Axis("non_embedding_parameters", "outside embeddings", "active parameters outside embeddings"),
     Axis("training_flops", "compute", "FLOPs of the training"),
     Axis("seconds", "time", "seconds of training"),
 )
@@ -88,10 +89,12 @@ def write_report(out: Path) -> str:
     write_summary(out / "runs.csv", rows)
     done = [row for row in rows if row["done"]]
     fits = fit_all(done)
-    write_json(out / "report.json", _as_json(settings, rows, fits))
+    reasons = {row["run"]: failure_of(out, row["run"]) for row in rows if not row["done"]}
+    failed = {run: reason for run, reason in reasons.items() if reason is not None}
+    write_json(out / "report.json", _strict(_as_json(settings, rows, fits, failed)))
     if drawn := panels(done, fits):
         Image.fromarray(draw_chart(drawn, "", metric.tag)).save(out / "chart.png")
-    text = as_markdown(settings, rows, fits)
+    text = as_markdown(settings, rows, fits, failed)
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -127,10 +130,14 @@ def fit_all(done: Sequence[Row]) -> dict[str, dict[str, Fitted]]:
 
     def fit(samples: Sequence[Sample]) -> Fitted:
         few = scaling_fit.obstacle(samples, scaling_fit.MIN_SIZES_WITH_FLOOR)
-        return Fitted(
-            scaling_fit.obstacle(samples) or scaling_fit.fit_power_law(samples),
-            few or scaling_fit.fit_with_floor(samples),
-        )
+        try:
+            return Fitted(
+                scaling_fit.obstacle(samples) or scaling_fit.fit_power_law(samples),
+                few or scaling_fit.fit_with_floor(samples),
+            )
+        except OverflowError:  # so steep a law that its scale is no number
+            close = "sizes lie too close together on the axis"
+            return Fitted(close, few or close)
 
     return {
         axis.key: {label: fit(samples_of(rows, axis)) for label, rows in by_label(done).items()}
@@ -163,8 +170,17 @@ def panels(done: Sequence[Row], fits: Fits) -> list[Panel]:
     return result
 
 
-def as_markdown(settings: Mapping[str, Any], rows: Sequence[Row], fits: Fits) -> str:
-    """What was found, as tables."""
+def as_markdown(
+    settings: Mapping[str, Any], rows: Sequence[Row], fits: Fits, failed: Mapping[str, str]
+) -> str:
+    """What was found, as tables.
+
+    Args:
+        settings: Of the study.
+        rows: Of its runs.
+        fits: Laws through those that are done.
+        failed: Why runs failed, by their names.
+    """
     done, left = ([row for row in rows if row["done"] is state] for state in (True, False))
     tag, last = settings["metric"]["tag"], settings["metric"]["last"]
     of_last = f", mean of the last {last} logged" if last > 1 else ""
@@ -180,9 +196,12 @@ def as_markdown(settings: Mapping[str, Any], rows: Sequence[Row], fits: Fits) ->
     floors = _floors_table(fits)
     if floors:
         parts += ["Power laws that end at a floor, loss = e + a x^-b:", floors]
-    if left:
-        names = ", ".join(f"{row['run']} (step {row['step']})" for row in left)
-        parts.append(f"Not done: {names}.")
+    for row in left:
+        if row["run"] in failed:
+            parts.append(f"Failed (last logged step: {row['step']}): {failed[row['run']]}")
+    names = [f"{row['run']} (step {row['step']})" for row in left if row["run"] not in failed]
+    if names:
+        parts.append(f"Not done: {', '.join(names)}.")
     return "\n\n".join(parts)
 
 
@@ -232,7 +251,18 @@ def _floors_table(fits: Fits) -> str:
     return markdown(["over", "line", "e", "a", "b"], table) if table else ""
 
 
-def _as_json(settings: Mapping[str, Any], rows: Sequence[Row], fits: Fits) -> dict[str, Any]:
+def _strict(content: Any) -> Any:
+    """Put null in the place of numbers that JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _as_json(
+    settings: Mapping[str, Any], rows: Sequence[Row], fits: Fits, failed: Mapping[str, str]
+) -> dict[str, Any]:
     def laws(fitted: Fitted) -> dict[str, Any]:
         law, floored = fitted
         return {
@@ -244,6 +274,7 @@ def _as_json(settings: Mapping[str, Any], rows: Sequence[Row], fits: Fits) -> di
         "name": settings["name"],
         "metric": settings["metric"],
         "runs": list(rows),
+        "failed": dict(failed),
         "fits": {
             key: {label: laws(fitted) for label, fitted in of_axis.items()}
             for key, of_axis in fits.items()

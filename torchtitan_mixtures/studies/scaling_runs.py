@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -11,14 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_mixtures.studies.leash import leashed
-from torchtitan_mixtures.studies.pieces import Command, Piece, Processes
-from torchtitan_mixtures.studies.scaling_file import Metric, Run, Study
+from torchtitan_mixtures.studies.pieces import Command, Piece, Processes, write_json
+from torchtitan_mixtures.studies.scaling_file import Metric, Study
+from torchtitan_mixtures.studies.scaling_plan import Run
 from torchtitan_mixtures.studies.scaling_scalars import metric_of, read_scalars
 
 TAIL = 12
 """Lines of a failed run's log that are shown."""
 
+FAILURE_NAME = "failure.json"
+"""File in the folder of a run that failed, until it is tried again."""
+
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(
+    r"(?:\[rank\d+\]:\s?)?((?:\w+\.)*\w*(?:Error|Exception): .*)|\s*traceback : (Signal \d.*)"
+)
+"""Last line of a traceback, or torchrun's of a process that was killed."""
+
+_OF_LAUNCHER = "ChildFailedError"
 
 
 @dataclass(frozen=True)
@@ -29,26 +42,51 @@ class Failure:
         run: Its name.
         message: What is wrong, in one line.
         log: What it printed.
+        begin: Where in the log, in bytes; what is before is of earlier tries.
+        lacks_metric: Whether it came to its end and logged nothing of the metric.
     """
 
     run: str
     message: str
     log: Path
+    begin: int = 0
+    lacks_metric: bool = False
 
     def tail(self) -> str:
         """The last lines of the log."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(_COLORS.sub("", line) for line in text.splitlines()[-TAIL:])
+        return "\n".join(self._lines()[-TAIL:])
 
     def reason(self) -> str:
         """What is wrong, and the run's own last word on it where the log has one."""
-        words = [line for line in self.tail().splitlines() if line.startswith("error: ")]
+        lines = self._lines()
+        words = [line for line in lines if line.startswith("error: ")]
+        if not words:  # torchrun has the last word on exceptions that nobody foresaw
+            found = [match[1] or match[2] for line in lines if (match := _RAISED.match(line))]
+            words = [word for word in found if _OF_LAUNCHER not in word]
         return " ".join([self.message, *words[-1:]])
+
+    def _lines(self) -> list[str]:
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as file:
+            file.seek(self.begin)
+            text = file.read().decode(errors="replace")
+        return [_COLORS.sub("", line) for line in text.splitlines()]
+
+
+class _NotLoggedError(ValueError):
+    """A run came to its end and logged nothing of the metric."""
 
 
 def folder_of(out: Path, run: str) -> Path:
     """Folder of a run, by its name."""
     return out / "runs" / run
+
+
+def failure_of(out: Path, run: str) -> str | None:
+    """Say why a run failed, by its name; None if it did not, or is under way again."""
+    path = folder_of(out, run) / FAILURE_NAME
+    return json.loads(path.read_text(encoding="utf-8"))["reason"] if path.exists() else None
 
 
 def settings_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
@@ -63,7 +101,7 @@ def settings_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def is_done(out: Path, run: str, steps: int, metric: Metric) -> bool:
-    """Say whether a run is complete: its last checkpoint is, and the metric of its last step.
+    """Say whether a run is complete: its last checkpoint is, and its metric is a finite number.
 
     Args:
         out: The study's folder.
@@ -73,7 +111,10 @@ def is_done(out: Path, run: str, steps: int, metric: Metric) -> bool:
     """
     folder = folder_of(out, run)
     is_saved = (_last_checkpoint(folder, steps) / ".metadata").exists()
-    return is_saved and metric_of(read_scalars(folder), metric, steps) is not None
+    if not is_saved:
+        return False
+    found = metric_of(read_scalars(folder), metric, steps)
+    return found is not None and math.isfinite(found)
 
 
 def train_command(out: Path, run: Run, study: Study, launcher: Sequence[str]) -> list[str]:
@@ -108,6 +149,8 @@ def run_all(
 ) -> list[Failure]:
     """Do what is left of a study.
 
+    After a run that fails the others go on; after one that ends without the metric none begins.
+
     Args:
         out: The study's folder.
         runs: All of them, in the order in which they are to run.
@@ -118,26 +161,26 @@ def run_all(
         say: Told what begins and ends.
 
     Returns:
-        Runs that failed; the others are done. They are tried again with the next call.
+        Runs that failed, in their order; they are tried again with the next call.
     """
     left = [run for run in runs if not is_done(out, run.name, run.steps, metric)]
     say(f"{len(runs) - len(left)} of {len(runs)} runs are done")
     failures: list[Failure] = []
+    is_in_vain = threading.Event()
 
     def work(run: Run) -> None:
-        say(f"{run.name}: begins")
-        _drop_unmeasured(folder_of(out, run.name), run.steps)
-        try:
-            processes.run(Piece(run.name, [commands[run.name]]), commands[run.name])
-            _require_done(out, run, metric)
-        except ValueError as error:
-            if processes.is_stopped:
-                return
-            failure = Failure(run.name, str(error), processes.log_of(run.name))
-            failures.append(failure)
-            say(f"{run.name}: FAILED. {error}\n{failure.tail()}")
+        if is_in_vain.is_set():
             return
-        say(f"{run.name}: is done")
+        say(f"{run.name}: begins")
+        failure = _attempt(out, run, metric, commands[run.name], processes)
+        if failure is None:
+            say(f"{run.name}: is done")
+        elif not processes.is_stopped:
+            failures.append(failure)
+            say(f"{run.name}: FAILED. {failure.message}\n{failure.tail()}")
+            if failure.lacks_metric:
+                is_in_vain.set()
+                say("no other run begins: they would end like this")
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(work, run) for run in left]
@@ -149,7 +192,28 @@ def run_all(
             raise
     for future in futures:
         future.result()
-    return sorted(failures, key=lambda failure: [run.name for run in runs].index(failure.run))
+    names = [run.name for run in runs]
+    return sorted(failures, key=lambda failure: names.index(failure.run))
+
+
+def _attempt(
+    out: Path, run: Run, metric: Metric, command: Command, processes: Processes
+) -> Failure | None:
+    """Run a run to its end; if it fails, say how, and leave that in its folder for reports."""
+    folder, log = folder_of(out, run.name), processes.log_of(run.name)
+    begin = log.stat().st_size if log.exists() else 0
+    (folder / FAILURE_NAME).unlink(missing_ok=True)
+    _drop_unmeasured(folder, run.steps)
+    try:
+        processes.run(Piece(run.name, [command]), command)
+        _require_done(out, run, metric)
+    except ValueError as error:
+        lacks_metric = isinstance(error, _NotLoggedError)
+        failure = Failure(run.name, str(error), log, begin, lacks_metric)
+        if not processes.is_stopped:  # what was stopped did not fail
+            write_json(folder / FAILURE_NAME, {"reason": failure.reason()})
+        return failure
+    return None
 
 
 def _last_checkpoint(folder: Path, steps: int) -> Path:
@@ -170,12 +234,19 @@ def _require_done(out: Path, run: Run, metric: Metric) -> None:
     if is_done(out, run.name, run.steps, metric):
         return
     scalars = read_scalars(folder_of(out, run.name))
-    if metric.tag in scalars:
-        last = max(scalars[metric.tag])
+    if metric.tag not in scalars:
+        raise _NotLoggedError(
+            f"{run.name}: metric.tag = {metric.tag!r}: was not logged; there are "
+            f"{', '.join(scalars) or 'none at all'}. Set one of them and give the same command: "
+            "what was trained is kept."
+        )
+    found = metric_of(scalars, metric, run.steps)
+    if found is not None and not math.isfinite(found):
         raise ValueError(
-            f"{run.name}: its last {metric.tag} is of step {last} and not of training.steps = "
-            f"{run.steps}, or its last checkpoint is not complete; look into its log."
+            f"{run.name}: its {metric.tag} is {found} at step {run.steps}: it has diverged; give "
+            "it a smaller optimizer.lr or more lr_scheduler.warmup_steps, or look for broken data."
         )
     raise ValueError(
-        f"{run.name}: metric.tag = {metric.tag!r}: was not logged; there are {', '.join(scalars)}."
+        f"{run.name}: its last {metric.tag} is of step {max(scalars[metric.tag])} and not of "
+        f"training.steps = {run.steps}, or its last checkpoint is not complete; look into its log."
     )
