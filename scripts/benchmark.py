@@ -1,7 +1,8 @@
 """Measures a family against what it should cost: `python scripts/benchmark.py mot [--quick]`.
 
 `parallel` in place of `mot` measures layouts of two processes, see `benchmark_parallel.py`;
-`memory` compares plans of memory with what is allocated, see `benchmark_memory.py`.
+`memory` compares plans of memory with what is allocated, see `benchmark_memory.py`; `data` measures
+sources and packing, see `benchmark_data.py`.
 
 All in one process: variants run alternately and in random order, forward and backward, and ratios
 are formed within each round. Design targets stand beside the ratios; the baseline's ratio to itself
@@ -19,7 +20,8 @@ from pathlib import Path
 # First: it points TorchTitan at the CPU if need be.
 import torchtitan_mixtures  # noqa: F401  # isort: skip
 
-import benchmark_memory  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_data  # pyrefly: ignore [missing-import]  # beside this script
+import benchmark_memory  # pyrefly: ignore [missing-import]
 import benchmark_mixdiff  # pyrefly: ignore [missing-import]
 import benchmark_mmdit  # pyrefly: ignore [missing-import]
 import benchmark_mom  # pyrefly: ignore [missing-import]
@@ -105,6 +107,11 @@ def add_memory(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
     return benchmark_memory.ROWS
 
 
+def add_data(parser: argparse.ArgumentParser) -> Mapping[str, Row]:
+    """No flags; the rows of sources and packing."""
+    return benchmark_data.ROWS
+
+
 FAMILIES = {
     "mot": add_mot,
     "mom": add_mom,
@@ -113,6 +120,7 @@ FAMILIES = {
     "mixdiff": add_mixdiff,
     "parallel": add_parallel,
     "memory": add_memory,
+    "data": add_data,
 }
 
 

@@ -5,6 +5,7 @@ Images are decoded here and not inside `datasets`, so that one broken file does 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,10 @@ class SampleJudge:
     """Stops the run when too many samples are bad, counting over all shards of a process.
 
     That is a `ValueError` if more than `multimodal.max_bad_fraction` of the samples are bad. It is
-    judged at every bad sample once `MIN_SAMPLES` were seen, and whenever the shards have ended an
-    epoch each on average: a shard alone may be too small to tell. If none of those epochs had a
-    good sample, that stops the run whatever the limit.
+    judged whenever the shards have ended an epoch each on average: a shard alone may be too small
+    to tell. If none of those epochs had a good sample, that stops the run whatever the limit.
+    Before, once `MIN_SAMPLES` were seen, so many must be bad that it is no accident of the first
+    samples: four standard deviations more than the limit allows.
 
     Args:
         max_bad_fraction: The limit.
@@ -71,7 +73,8 @@ class SampleJudge:
             logger.warning(
                 f"Skipped bad sample {key}: {self._last_reason} ({bad} of {seen} samples so far)"
             )
-        if seen >= MIN_SAMPLES and bad > self._limit * seen:
+        allowed = self._limit * seen
+        if seen >= MIN_SAMPLES and bad > allowed + 4 * math.sqrt(allowed):
             raise ValueError(self._summary()) from error
 
     def end_epoch(self, counts: SampleCounts) -> None:
@@ -93,7 +96,7 @@ class SampleJudge:
         seen, bad = self._totals()
         keys = [key for counts in self._counts for key in counts.bad_keys][:_MAX_KEYS]
         return (
-            f"{bad} of {seen} samples ({bad / seen:.2%}) of {self._name} are bad; "
+            f"{bad} of {seen} samples ({bad / max(seen, 1):.2%}) of {self._name} are bad; "
             f"multimodal.max_bad_fraction = {self._limit} allows {int(self._limit * seen)} of so "
             f"many. Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
             "Repair the data, or raise the limit."
