@@ -5,13 +5,21 @@ alone; `show CONFIG.toml --out page.html` shows the sequences that a configurati
 `encode-latents --path IMAGES --vae DIR --out LATENTS` encodes images for training, those of a
 folder of classes or, with `--caption-column`, of a data set with captions;
 `encode-text --path DATA --encoders DIR ... --out EMBEDDINGS` embeds the captions of a data set;
-`cluster --config CONFIG.toml --clusters K --out domains.json` divides images into domains.
+`cluster --config CONFIG.toml --clusters K --out domains.json` divides images into domains;
+`train-image-tokenizer` and `train-speech-tokenizer` make codebooks of your images and sounds;
+`tokenize --config CONFIG.toml --out SHARDS` turns a source into shards that training reads.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from prepare_data_tokenize import add_tokenize  # pyrefly: ignore [missing-import]  # beside this
+from prepare_data_tokenizers import (  # pyrefly: ignore [missing-import]
+    add_train_image_tokenizer,
+    add_train_speech_tokenizer,
+)
 
 
 def add_emoji(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -316,6 +324,9 @@ def main() -> None:
     add_encode_latents(subcommands)
     add_encode_text(subcommands)
     add_cluster(subcommands)
+    add_train_image_tokenizer(subcommands)
+    add_train_speech_tokenizer(subcommands)
+    add_tokenize(subcommands)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.overrides and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")

@@ -86,14 +86,18 @@ class Multimodal:
     only if that alone is too long, never inside an image), or `drop`. Both are counted."""
 
     text_tokenizer: str = "emoji"
-    """`emoji`: the embedded vocabulary of 2,048. Else a folder with a `tokenizer.json`."""
+    """`emoji`: the embedded vocabulary of 2,048. Else a `tokenizer.json` of any kind or its folder;
+    sentinels that it has no token for get ids after its own."""
 
     image_tokenizer: str = "emoji_32px"
-    """`emoji_32px` (64 codes an image), `emoji_64px` (256 codes), or a codebook file."""
+    """`emoji_32px` (64 codes an image), `emoji_64px` (256 codes), a codebook file (of
+    `prepare_data.py train-image-tokenizer`), or a folder with `config.json` and safetensors of a
+    VQ model: `VQModel` of diffusers, `ChameleonVQVAE` or `JanusVQVAE` of transformers."""
 
     speech_tokenizer: str = "emoji_25hz"
     """`emoji_25hz` (25 units of 512 codes a second), the only one the embedded corpus has units of,
-    or a codebook file. Read if the model has speech."""
+    or a codebook file (of `prepare_data.py train-speech-tokenizer`). Read if the model has
+    speech."""
 
     shards: int = 0
     """Streams into which the training data is dealt; data-parallel ranks times

@@ -18,13 +18,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from torchtitan_mixtures.data.audio import check_waveform
-from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER
-from torchtitan_mixtures.data.tokenizers import (
+from torchtitan_mixtures.data.codebooks import (
     check_codes,
+    codebook_fingerprint,
     find_codebook,
     nearest_centres,
     read_codebook,
 )
+from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER
 
 SPEECH_TOKENIZERS = {"emoji_25hz": EMBEDDED_FOLDER / "codebook_speech.safetensors"}
 """Names of the embedded speech tokenizers and their files."""
@@ -73,6 +74,10 @@ class SpeechTokenizer(Protocol):
         """
         ...
 
+    def fingerprint(self) -> str:
+        """A digest (SHA-256, hexadecimal) of all that units depend on."""
+        ...
+
 
 class LogMelCodebook:
     """Vector quantisation of a few successive log-mel spectra by their nearest centre.
@@ -90,10 +95,10 @@ class LogMelCodebook:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        centres, self.sample_rate = _read_stretches(self.path)
-        self.num_codes, self.frames_per_unit, self.num_bands = centres.shape
+        self._stretches, self.sample_rate = _read_stretches(self.path)
+        self.num_codes, self.frames_per_unit, self.num_bands = self._stretches.shape
         self.units_per_second = FRAMES_PER_SECOND / self.frames_per_unit
-        self.centres = centres.reshape(self.num_codes, -1)  # (codes, frames * bands)
+        self.centres = self._stretches.reshape(self.num_codes, -1)  # (codes, frames * bands)
 
     def encode(self, waveform: NDArray[np.float32]) -> NDArray[np.int64]:
         """Units of a waveform; see `SpeechTokenizer.encode`."""
@@ -122,6 +127,14 @@ class LogMelCodebook:
             )
         check_codes(units, self.num_codes, self.path)
         return units.astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """See `SpeechTokenizer.fingerprint`."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return codebook_fingerprint("sample_rate", self._stretches, self.sample_rate)
 
 
 def build_speech_tokenizer(name: str) -> SpeechTokenizer:

@@ -1,20 +1,36 @@
 """Tokenizers of text and of images; both are plain data on disk, used without a network."""
 
 import functools
+import hashlib
+import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
-from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER, check_files
+from torchtitan_mixtures.data.codebooks import (
+    check_codes,
+    check_embedded_files,
+    codebook_fingerprint,
+    find_codebook,
+    nearest_centres,
+    read_codebook,
+    split_patches,
+)
+from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER
+from torchtitan_mixtures.data.tokenizer_files import (
+    added_tokens,
+    read_tokenizer,
+    with_special_tokens,
+    without_spellings,
+)
 
 # --- images ---------------------------------------------------------------------------------------
 
@@ -23,8 +39,6 @@ IMAGE_TOKENIZERS = {
     "emoji_64px": EMBEDDED_FOLDER / "codebook_64px.safetensors",
 }
 """Names of the embedded image tokenizers and their files."""
-
-_CHUNK_ROWS = 8192  # bounds the distance matrix to 32 MB at 1,024 codes
 
 
 class ImageTokenizer(Protocol):
@@ -56,6 +70,10 @@ class ImageTokenizer(Protocol):
         """
         ...
 
+    def fingerprint(self) -> str:
+        """A digest (SHA-256, hexadecimal) of all that codes depend on."""
+        ...
+
 
 class PatchCodebook:
     """Vector quantisation of non-overlapping patches by their nearest centre.
@@ -72,10 +90,10 @@ class PatchCodebook:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        centres, self.image_size = _read_patches(self.path)
-        self.num_codes, self.patch_size = centres.shape[:2]
+        self._patches, self.image_size = _read_patches(self.path)
+        self.num_codes, self.patch_size = self._patches.shape[:2]
         self.codes_per_image = (self.image_size // self.patch_size) ** 2
-        self.centres = centres.reshape(self.num_codes, -1)  # (codes, patch * patch * 3)
+        self.centres = self._patches.reshape(self.num_codes, -1)  # (codes, patch * patch * 3)
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Codes of images; see `ImageTokenizer.encode`."""
@@ -102,130 +120,28 @@ class PatchCodebook:
         rows = patches.transpose(0, 1, 3, 2, 4, 5)  # (batch, grid, patch, grid, patch, 3)
         return rows.reshape(-1, self.image_size, self.image_size, 3)
 
+    def fingerprint(self) -> str:
+        """See `ImageTokenizer.fingerprint`."""
+        return self._fingerprint
 
-def split_patches(images: NDArray[np.uint8], patch_size: int) -> NDArray[np.uint8]:
-    """Cut images into flat patches, row-major within each image.
-
-    Args:
-        images: `(batch, side, side, 3)` uint8; `side` is a multiple of `patch_size`.
-        patch_size: Height and width of a patch.
-
-    Returns:
-        `(batch * grid * grid, patch_size * patch_size * 3)` uint8.
-    """
-    batch, side = images.shape[:2]
-    grid = side // patch_size
-    blocks = images.reshape(batch, grid, patch_size, grid, patch_size, 3)
-    blocks = blocks.transpose(0, 1, 3, 2, 4, 5)  # (batch, grid, grid, patch, patch, 3)
-    return blocks.reshape(batch * grid * grid, -1)
-
-
-def nearest_centres(points: NDArray[np.uint8], centres: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Index of the nearest centre of each point, the lowest one on a tie.
-
-    Args:
-        points: `(points, dim)` uint8.
-        centres: `(centres, dim)` uint8.
-
-    Returns:
-        `(points,)` int64.
-    """
-    # Every term is an integer. While all partial sums stay below 2**24 float32 holds them exactly,
-    # so the result does not depend on the BLAS, its threads or the machine.
-    dtype = np.float32 if 2 * centres.shape[1] * 255**2 < 2**24 else np.float64
-    matrix = centres.astype(dtype)
-    norms = (matrix * matrix).sum(1)
-    doubled = np.ascontiguousarray(-2 * matrix.T)
-    codes = np.empty(len(points), np.int64)
-    for start in range(0, len(points), _CHUNK_ROWS):
-        distances = points[start : start + _CHUNK_ROWS].astype(dtype) @ doubled
-        distances += norms  # squared distance less the point's own norm
-        codes[start : start + _CHUNK_ROWS] = distances.argmin(1)
-    return codes
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return codebook_fingerprint("image_size", self._patches, self.image_size)
 
 
 def build_image_tokenizer(name: str) -> ImageTokenizer:
-    """The image tokenizer of a name in `IMAGE_TOKENIZERS`, or of a codebook file.
+    """The image tokenizer of a name in `IMAGE_TOKENIZERS`, a codebook file or a VQ model's folder.
 
     Raises:
-        ValueError: `name` is neither, or the file is not a codebook.
+        ValueError: `name` is none of them, or what it names cannot be used.
     """
-    return PatchCodebook(find_codebook("image_tokenizer", name, IMAGE_TOKENIZERS))
+    if name not in IMAGE_TOKENIZERS and Path(name).expanduser().is_dir():
+        # Imported late: most runs have a codebook.
+        from torchtitan_mixtures.data.vq_tokenizer import VQTokenizer
 
-
-def check_codes(codes: NDArray, num_codes: int, path: Path) -> None:
-    """Check that a codebook has all of some codes.
-
-    Raises:
-        ValueError: It does not; names its file and the range.
-    """
-    if codes.size and (codes.min() < 0 or codes.max() >= num_codes):
-        raise ValueError(
-            f"codes span [{codes.min()}, {codes.max()}]; codebook {path} has codes 0 to "
-            f"{num_codes - 1}"
-        )
-
-
-def find_codebook(key: str, name: str, embedded: Mapping[str, Path]) -> Path:
-    """The file of an embedded codebook, or the one that `name` is the path of.
-
-    Args:
-        key: The key of `[multimodal]` that says `name`, for the message.
-        name: A name in `embedded`, or a path.
-        embedded: Files of the embedded codebooks.
-
-    Raises:
-        ValueError: `name` is neither, or an embedded file is missing or damaged.
-    """
-    path = embedded.get(name, Path(name))
-    if name in embedded:
-        check_embedded_files()
-    elif not path.is_file():
-        raise ValueError(
-            f"multimodal.{key} = {name!r} is unknown; use {' or '.join(embedded)}, or the path of "
-            "a codebook file"
-        )
-    return path
-
-
-@functools.cache
-def check_embedded_files() -> None:
-    """Compare the embedded files with their manifest, once per process."""
-    check_files(EMBEDDED_FOLDER)
-
-
-def read_codebook(
-    path: Path, measure: str, num_axes: int, expected: str
-) -> tuple[NDArray[np.uint8], int, str]:
-    """Read a codebook: safetensors with `centres` and one number that says what they are of.
-
-    Args:
-        path: The file.
-        measure: Name of the number, an entry `(1,)` int64.
-        num_axes: Axes of `centres`, which are uint8.
-        expected: What such a file holds, for the messages.
-
-    Returns:
-        The centres, the number, and a description of both for the caller's own checks.
-
-    Raises:
-        ValueError: Not such a file; names it, what it holds and what is expected.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path} ({error}); {expected}") from error
-    if set(tensors) != {"centres", measure}:
-        raise ValueError(f"{path} holds {sorted(tensors)}; {expected}")
-    centres, number = tensors["centres"], tensors[measure]
-    described = (
-        f"{path} has centres {centres.shape} {centres.dtype}, {measure} {number.shape} "
-        f"{number.dtype}"
-    )
-    is_centres = centres.dtype == np.uint8 and centres.ndim == num_axes
-    if not is_centres or number.dtype != np.int64 or number.size != 1:
-        raise ValueError(f"{described}; {expected}")
-    return centres, int(number.item()), f"{described} = {number.item()}; {expected}"
+        return VQTokenizer(name)
+    others = "the path of a codebook file, or a folder with the config.json of a VQ model"
+    return PatchCodebook(find_codebook("image_tokenizer", name, IMAGE_TOKENIZERS, others))
 
 
 def _read_patches(path: Path) -> tuple[NDArray[np.uint8], int]:
@@ -269,8 +185,11 @@ SENTINEL_TOKENS = {
         "<|finetune_right_pad_id|>",
         "<|reserved_special_token_4|>",
     ),
-    "bos": ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>"),
-    "eos": ("<|eos|>", "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>"),
+    "bos": (
+        *("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>"),
+        "[CLS]",
+    ),
+    "eos": ("<|eos|>", "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[SEP]"),
     "image_start": ("<|image_start|>", "<|reserved_special_token_0|>"),
     "image_end": ("<|image_end|>", "<|reserved_special_token_1|>"),
     "speech_start": ("<|speech_start|>", "<|reserved_special_token_2|>"),
@@ -280,12 +199,16 @@ SENTINEL_TOKENS = {
 
 The first string is ours. The others let foreign tokenizers serve: usual spellings for pad, bos and
 eos, and the tokens that Llama 3 reserves, always the same one for the same sentinel (Llama 3.0 has
-no padding token, so one of them stands in).
+no padding token, so one of them stands in). A sentinel with none of them gets an id of its own,
+after those of the tokenizer.
 """
 
 
 class TextTokenizer(BaseTokenizer):
     """A Hugging Face `tokenizer.json` and the sentinels of multimodal documents.
+
+    Any such file will do. Sentinels that it has no token for get ids after its own, in the order
+    of the fields of `Sentinels`; a message says so once. That does not change what is encoded.
 
     `encode` adds no sentinel and never produces one: a caption that contains "<|image_start|>" is
     plain text. Placing sentinels is the packer's work.
@@ -294,7 +217,7 @@ class TextTokenizer(BaseTokenizer):
         path: A `tokenizer.json` or the folder that holds it.
 
     Raises:
-        ValueError: No such file, not a tokenizer, or no token for one of the sentinels.
+        ValueError: No such file, or not a tokenizer.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -302,14 +225,26 @@ class TextTokenizer(BaseTokenizer):
         self.path = Path(path)
         if self.path.is_dir():
             self.path = self.path / "tokenizer.json"
-        self._tokenizer, self.sentinels = _read_tokenizer(self.path)
+        content, tokenizer = read_tokenizer(self.path)
+        # Not the number of tokens: there may be gaps between ids.
+        num_own = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.sentinels, self._appended = find_sentinels(added_tokens(tokenizer), num_own)
+        self._sentinel_ids = frozenset(astuple(self.sentinels))
+        self._content, self._tokenizer = with_special_tokens(content, tokenizer, self._sentinel_ids)
+        self._vocab_size = num_own + len(self._appended)
+        if self._appended:
+            _log_appended(self.path, tuple(self._appended.items()))
         self.bos_id = self.sentinels.bos
         self.eos_id = self.sentinels.eos
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled `Tokenizer` forgets `encode_special_tokens`.
+        return type(self), (self.path,)
+
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """Number of ids, special tokens and appended sentinels included."""
+        return self._vocab_size
 
     def get_vocab_size(self) -> int:
         """`vocab_size` under the host's name."""
@@ -317,7 +252,12 @@ class TextTokenizer(BaseTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without sentinels."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._sentinel_ids.isdisjoint(ids):
+            return ids
+        ids = self._unspelled.encode(text, add_special_tokens=False).ids
+        # What is left of them stands for a character that the tokenizer does not know.
+        return [index for index in ids if index not in self._sentinel_ids]
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of token ids.
@@ -326,14 +266,41 @@ class TextTokenizer(BaseTokenizer):
             ids: Ids of this tokenizer.
             skip_special: Leave out sentinels and other special tokens.
         """
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        if skip_special:
+            own = [index for index in ids if index not in self._appended]
+            return self._tokenizer.decode(own, skip_special_tokens=True)
+        parts = []
+        for is_appended, group in itertools.groupby(ids, lambda index: index in self._appended):
+            if is_appended:
+                parts += [self._appended[index] for index in group]
+            else:
+                parts.append(self._tokenizer.decode(list(group), skip_special_tokens=False))
+        return "".join(parts)
+
+    def fingerprint(self) -> str:
+        """A digest of all that ids depend on: the file, and the ids of sentinels."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        parts = [self._content, asdict(self.sentinels), list(self._appended.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @functools.cached_property
+    def _unspelled(self) -> Tokenizer:
+        """The tokenizer without the spellings of sentinels, for texts that contain one.
+
+        Special tokens are looked for in no text, but a model whose vocabulary has them too may
+        find them itself, as that of T5 finds "</s>".
+        """
+        return without_spellings(self._content, self._sentinel_ids)
 
 
 def build_text_tokenizer(name: str) -> TextTokenizer:
     """The text tokenizer called "emoji", or that of a `tokenizer.json` file or its folder.
 
     Raises:
-        ValueError: `name` is neither, or the tokenizer lacks a sentinel.
+        ValueError: `name` is neither, or the file is not a tokenizer.
     """
     path = TEXT_TOKENIZERS.get(name, Path(name))
     if name in TEXT_TOKENIZERS:
@@ -346,48 +313,30 @@ def build_text_tokenizer(name: str) -> TextTokenizer:
     return TextTokenizer(path)
 
 
-def _read_tokenizer(path: Path) -> tuple[Tokenizer, Sentinels]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); expected a tokenizer.json") from error
-    try:
-        tokenizer = Tokenizer.from_str(content)
-    # `from_str` is compiled from Rust and raises `Exception` itself, no subclass of it.
-    except Exception as error:
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-    added = tokenizer.get_added_tokens_decoder()
-    sentinels = find_sentinels({token.content: index for index, token in added.items()}, path)
-    ids = {getattr(sentinels, field.name) for field in fields(sentinels)}
-    if not all(added[index].special for index in ids):
-        # Only tokens marked special can be kept out of encoded text.
-        data = json.loads(content)
-        for token in data["added_tokens"]:
-            token["special"] |= token["id"] in ids
-        tokenizer = Tokenizer.from_str(json.dumps(data))
-    tokenizer.encode_special_tokens = True  # special strings in a text are split as plain text
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer, sentinels
-
-
-def find_sentinels(added_tokens: dict[str, int], path: Path) -> Sentinels:
+def find_sentinels(tokens: Mapping[str, int], first_free: int) -> tuple[Sentinels, dict[int, str]]:
     """Choose the token of each sentinel by the order of `SENTINEL_TOKENS`.
 
     Args:
-        added_tokens: Id of each added token by its string.
-        path: The tokenizer file, for the message.
+        tokens: Id of each added token by its string.
+        first_free: The id that the first sentinel without a token gets; others follow.
 
-    Raises:
-        ValueError: A sentinel has no token.
+    Returns:
+        The ids of all sentinels, and the strings of those that have no token by their new ids.
     """
     found: dict[str, int] = {}
-    for sentinel, candidates in SENTINEL_TOKENS.items():
-        token = next((text for text in candidates if text in added_tokens), None)
+    appended: dict[int, str] = {}
+    for sentinel in (field.name for field in fields(Sentinels)):
+        candidates = SENTINEL_TOKENS[sentinel]
+        token = next((text for text in candidates if text in tokens), None)
         if token is None:
-            raise ValueError(
-                f"tokenizer {path} has no token for the sentinel {sentinel!r}; "
-                f'add "{candidates[0]}" to its added_tokens (accepted: {", ".join(candidates)})'
-            )
-        found[sentinel] = added_tokens[token]
-    return Sentinels(**found)
+            found[sentinel] = first_free + len(appended)
+            appended[found[sentinel]] = candidates[0]
+        else:
+            found[sentinel] = tokens[token]
+    return Sentinels(**found), appended
+
+
+@functools.cache  # once per process and tokenizer
+def _log_appended(path: Path, appended: tuple[tuple[int, str], ...]) -> None:
+    tokens = ", ".join(f"{token} ({index})" for index, token in appended)
+    logger.info(f"Tokenizer {path} has no tokens for some sentinels; appended {tokens}")

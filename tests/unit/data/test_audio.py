@@ -1,14 +1,20 @@
-"""WAV files and resampling, against the standard library and sines of known phase."""
+"""Sound files and resampling, against the standard library and sines of known phase."""
 
+import io
 import struct
+import sys
+import tracemalloc
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from torchtitan_mixtures.data.audio import read_wav, resample, write_wav
+from torchtitan_mixtures.data import audio
+from torchtitan_mixtures.data.audio import read_sound, read_wav, resample, write_wav
 
 RATE = 16_000
 
@@ -73,11 +79,197 @@ def test_what_the_new_rate_cannot_hold_vanishes():
     assert resample(np.zeros(0), 8_000, RATE).shape == (0,)
 
 
+def test_a_long_waveform_is_resampled_in_pieces_that_fit(monkeypatch):
+    rng = np.random.default_rng(0)
+    spectrum = np.zeros(22_050 * 6 + 1, complex)  # 12 seconds
+    low = slice(12 * 50, 12 * 3_500)  # what both rates hold
+    spectrum[low] = np.exp(2j * np.pi * rng.random(low.stop - low.start))
+    waveform = np.fft.irfft(spectrum) * np.hanning(12 * 22_050)  # a sudden end would ring
+    waveform = (waveform / np.abs(waveform).max()).astype(np.float32)[:-7]
+    whole = resample(waveform, 22_050, 8_000)
+    monkeypatch.setattr(audio, "_RESAMPLED", 3 * 22_050)
+    pieces = resample(waveform, 22_050, 8_000)
+    assert pieces.shape == whole.shape == (-(-len(waveform) * 8_000 // 22_050),)
+    assert np.abs(pieces - whole).max() < 1e-5
+    for samples in (3 * 22_050, 3 * 22_050 + 1, 4 * 22_050 + 1, 9 * 22_050):
+        assert len(resample(waveform[:samples], 22_050, 8_000)) == -(-samples * 8_000 // 22_050)
+
+
+def test_resampling_a_long_file_takes_little_memory_beyond_its_result(monkeypatch):
+    monkeypatch.setattr(audio, "_RESAMPLED", 2**18)
+    waveform = np.zeros(8_000 * 300, np.float32)
+    tracemalloc.start()
+    resampled = resample(waveform, 8_000, 16_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.7 * resampled.nbytes
+
+
+def test_reading_takes_a_few_times_the_file(tmp_path: Path):
+    path = tmp_path / "a.wav"
+    write_wav(path, np.zeros(10_000_000, np.float32), RATE)
+    tracemalloc.start()
+    read_wav(path, RATE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * path.stat().st_size
+
+
+# --- all kinds of WAV files -----------------------------------------------------------------------
+
+GUID_END = bytes.fromhex("000000001000800000aa00389b71")
+
+
+def riff(
+    sound: bytes, kind=1, channels=1, rate=RATE, bits=16, frame=None, extra=b"", size=None
+) -> bytes:
+    """A WAV file, whatever its header says; a chunk of odd length comes before the sound."""
+    frame = channels * -(-bits // 8) if frame is None else frame
+    header = struct.pack("<HHIIHH", kind, channels, rate, rate * frame % 2**32, frame, bits) + extra
+    chunks = b"fmt " + struct.pack("<I", len(header)) + header
+    chunks += b"LIST" + struct.pack("<I", 3) + b"abc\0"
+    chunks += b"data" + struct.pack("<I", len(sound) if size is None else size) + sound
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def extensible(kind: int, bits: int) -> bytes:
+    return struct.pack("<HHIH", 22, bits, 0, kind) + GUID_END
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
+@pytest.mark.parametrize("is_extensible", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_samples_is_read(kind, bits, is_extensible, channels):
+    values = [-0.5, 0.25, 0.0, 0.5, -0.25, 0.125]
+    if kind == 3:
+        sound = struct.pack("<6" + {32: "f", 64: "d"}[bits], *values)
+    else:
+        full = 2 ** (bits - 1)
+        integers = [int(value * full) + (128 if bits == 8 else 0) for value in values]
+        sound = b"".join(n.to_bytes(bits // 8, "little", signed=bits > 8) for n in integers)
+    extra = extensible(kind, bits) if is_extensible else b""
+    content = riff(sound, 0xFFFE if is_extensible else kind, channels, bits=bits, extra=extra)
+    waveform = read_sound(content, RATE, "a")
+    expected = [sum(values[n : n + channels]) / channels for n in range(0, 6, channels)]
+    assert waveform.dtype == np.float32
+    np.testing.assert_allclose(waveform, expected, atol=1e-7)
+
+
+def test_samples_of_12_bits_lie_in_two_bytes():
+    assert read_sound(riff(struct.pack("<h", 2**14), bits=12), RATE, "a").tolist() == [0.5]
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000, 96_000])
+def test_every_rate_is_brought_to_the_one_that_is_wanted(rate: int):
+    sound = (sine(440, rate, 0.5) * 2**15).astype("<i2").tobytes()
+    waveform = read_sound(riff(sound, rate=rate), RATE, "a")
+    inner = slice(RATE // 10, -RATE // 10)
+    assert len(waveform) == -(-(len(sound) // 2) * RATE // rate)
+    ideal = sine(440, RATE, 0.51)[: len(waveform)]
+    assert np.abs(waveform - ideal)[inner].max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (riff(bytes(8), rate=0), "0 samples a second"),
+        (riff(bytes(8), rate=4_000_000_000), "4000000000 samples a second"),
+        (riff(bytes(8), channels=0, frame=0), "0 channels"),
+        (riff(bytes(8), frame=7), "in 7 bytes"),
+        (riff(bytes(8), bits=0), "format 0x1 of 0 bits"),
+        (riff(bytes(8), bits=40), "format 0x1 of 40 bits"),
+        (riff(bytes(8), kind=3, bits=16), "format 0x3 of 16 bits"),
+        (riff(bytes(8), kind=7, bits=8), "format 0x7 of 8 bits"),
+        (riff(bytes(8), kind=0xFFFE), "format 0xfffe of 16 bits"),
+        (riff(bytes(8), kind=0xFFFE, extra=extensible(7, 8)[:-1] + b"?"), "format 0xfffe"),
+        (riff(b""), "holds no sound"),
+        (riff(bytes(8), size=4_000_000_000), "cut off: 8 bytes of sound, its header promises 40"),
+        (riff(bytes(8))[:36], "no sound after its format"),
+        (riff(bytes(8))[:30], r"no header"),
+        (riff(struct.pack("<2f", 0, np.nan), kind=3, bits=32), "not finite"),
+        (riff(struct.pack("<2f", 0, -np.inf), kind=3, bits=32), "not finite"),
+        (riff(struct.pack("<d", 1e300), kind=3, bits=64), "not finite"),
+    ],
+)
+def test_broken_sounds_are_named_with_what_is_wrong(content: bytes, message: str):
+    with pytest.raises(ValueError, match=f"song.*{message}"):
+        read_sound(content, RATE, "song")
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_damage_of_a_file_raises_anything_else(data):
+    content = bytearray(riff(bytes(range(64)), kind=3, bits=32, channels=2))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        waveform = read_sound(content, RATE, "a")
+    except ValueError as error:
+        assert "a " in str(error)
+    else:
+        assert waveform.dtype == np.float32 and np.isfinite(waveform).all()
+
+
+# --- compressed files -----------------------------------------------------------------------------
+
+NEEDS_SOUNDFILE = 'needs soundfile: pip install "torchtitan_mixtures[audio]"'
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"fLaC", "FLAC"), (b"OggS", "Ogg"), (b"ID3", "MP3"), (b"\xff\xfb", "MP3")]
+)
+def test_the_extra_that_compressed_files_need_is_named(monkeypatch, start: bytes, kind: str):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(ValueError, match=rf'a is {kind}.*install "torchtitan_mixtures\[audio\]"'):
+        read_sound(start + bytes(60), RATE, "a")
+
+
+def compress(kind: str, seconds: float = 0.5) -> bytes:
+    soundfile = pytest.importorskip("soundfile", reason=NEEDS_SOUNDFILE)
+    file = io.BytesIO()
+    left = sine(440, 44_100, seconds)
+    soundfile.write(file, np.stack([left, left / 2], axis=1), 44_100, format=kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "MP3"])
+def test_compressed_files_are_read(tmp_path: Path, kind: str):
+    content = compress(kind)
+    (tmp_path / "a").write_bytes(content)
+    waveform = read_sound(tmp_path / "a", RATE, "a")
+    assert (waveform == read_sound(content, RATE, "a")).all()
+    inner = slice(RATE // 10, -RATE // 10)
+    ideal = 0.75 * sine(440, RATE, 1.0)[: len(waveform)]
+    assert len(waveform) >= RATE // 2
+    if kind == "MP3":  # begins with silence that says how long it is in no header
+        assert 0.9 < np.abs(waveform).max() / 0.375 < 1.1
+    else:
+        assert np.abs(waveform - ideal)[inner].max() < 0.02
+
+
+def test_a_flac_that_is_cut_off_or_is_none_is_refused():
+    content = compress("FLAC")
+    with pytest.raises(ValueError, match=r"song( is cut off|.*copy it again)"):
+        read_sound(content[: len(content) // 2], RATE, "song")
+    for start in (b"fLaC", b"OggS", b"ID3"):
+        with pytest.raises(ValueError, match="cannot read song"):
+            read_sound(start + bytes(60), RATE, "song")
+
+
+def test_a_compressed_file_that_unpacks_to_hours_is_refused(monkeypatch):
+    monkeypatch.setattr(audio, "MAX_SECONDS", 1)
+    assert len(read_sound(compress("FLAC", 1.0), RATE, "song")) == RATE
+    with pytest.raises(ValueError, match="song is longer than 1 seconds"):
+        read_sound(compress("FLAC", 1.1), RATE, "song")
+
+
+# --- files that cannot be read --------------------------------------------------------------------
+
+
 def test_files_that_are_not_wav_are_named_with_the_remedy(tmp_path: Path):
     path = tmp_path / "a.wav"
-    floats = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 44, b"WAVE", b"fmt ", 16, 3, 1, RATE,
-                         4 * RATE, 4, 32, b"data", 8) + bytes(8)  # fmt: skip
-    for content in (b"", b"hello", b"RIFF\x04\x00\x00\x00WAVE", floats):
+    for content in (b"", b"hello", b"RIFF\x04\x00\x00\x00WAVE", b"<html>not a sound at all"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.wav.*8, 16, 24 or 32 bit integers.*ffmpeg"):
             read_wav(path, RATE)

@@ -344,6 +344,7 @@ def test_captioned_pictures_of_several_shapes_are_clustered(tmp_path, monkeypatc
 def test_the_command_clusters_emoji(family, tmp_path, capsys, monkeypatch):
     config, out = TRAIN_CONFIGS / family / "debugmodel.toml", tmp_path / "domains.json"
     script = str(ROOT / "scripts" / "prepare_data.py")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as Python does for a script
     words = ["cluster", "--config", str(config), "--clusters", "2", "--restarts", "1"]
     words += ["--out", str(out), "--multimodal.image_size", "16"]
     words += ["--multimodal.train_split", "unseen_style", "--multimodal.domains", str(out)]

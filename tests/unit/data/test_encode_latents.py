@@ -272,6 +272,7 @@ def test_the_command_encodes_and_says_how_to_train(pictures, vae, tmp_path, monk
     options = {"--path": pictures, "--vae": vae, "--out": out, "--size": 16, "--batch-size": 4}
     words = [str(word) for option in options.items() for word in option]
     script = str(ROOT / "scripts" / "prepare_data.py")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as Python does for a script
     monkeypatch.setattr(sys, "argv", [script, "encode-latents", *words, "--flip", "--half"])
     runpy.run_path(script, run_name="__main__")
     assert f"14 images of 2 classes in {out}; train with" in capsys.readouterr().out

@@ -261,6 +261,7 @@ def test_the_command_embeds_a_folder_of_images(encoders, tmp_path, monkeypatch, 
         with (pictures / "metadata.jsonl").open("a") as file:
             file.write(json.dumps({"file_name": f"{number}.png", "text": text}) + "\n")
     script, out = str(ROOT / "scripts" / "prepare_data.py"), tmp_path / "out"
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as Python does for a script
     words = [
         "encode-text",
         "--path",

@@ -250,6 +250,7 @@ def test_the_command_encodes_and_says_how_to_train(folder, vae, tmp_path, monkey
     words += ["--caption-column", "caption", "--splits", "train", "validation"]
     words += ["--aspect-ratios", *RATIOS]
     script = str(ROOT / "scripts" / "prepare_data.py")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as Python does for a script
     monkeypatch.setattr(sys, "argv", [script, "encode-latents", *words])
     runpy.run_path(script, run_name="__main__")
     said = capsys.readouterr().out

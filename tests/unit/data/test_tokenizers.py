@@ -1,8 +1,9 @@
 """Image codebooks and text tokenizers."""
 
 import json
+import pickle
 import random
-from dataclasses import astuple
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from torchtitan_mixtures.data import tokenizers as tokenizers_module
+from torchtitan_mixtures.data.codebooks import nearest_centres
 from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER, SPLITS, EmojiCorpus
 from torchtitan_mixtures.data.tokenizers import (
     IMAGE_TOKENIZERS,
+    SENTINEL_TOKENS,
     PatchCodebook,
     Sentinels,
     TextTokenizer,
     build_image_tokenizer,
     build_text_tokenizer,
-    nearest_centres,
 )
 
 # The study of the corpus (four styles) reports 22.0/21.8 dB at 32 px and 24.7/24.6 dB at 64 px for
@@ -237,12 +240,137 @@ def test_our_own_sentinels_win_over_stand_ins(tmp_path: Path):
     assert astuple(sentinels) == (262, 263, 264, 265, 266, 258, 259)
 
 
-def test_a_missing_sentinel_is_named_with_file_and_remedy(tmp_path: Path):
-    folder = save_tokenizer(tmp_path, "<pad>", "<s>", "</s>")
-    with pytest.raises(ValueError, match="no token for the sentinel 'image_start'") as error:
+def build_model(kind: str, specials: list[str]) -> Tokenizer:
+    """A small tokenizer of each model type, whose vocabulary has the special tokens too."""
+    words = [*specials, "[UNK]", "a", "fox", "<", ">", "/", "s", "|", "pad"]
+    if kind == "BPE":
+        characters = sorted({*"".join(words), " "} - {*specials})
+        vocabulary = {token: i for i, token in enumerate([*specials, *characters, "</", "</s"])}
+        # It would form "</s>" out of plain characters.
+        merges = [("<", "/"), ("</", "s"), ("</s", ">")] if "</s>" in specials else []
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    elif kind == "WordPiece":
+        pieces = {token: i for i, token in enumerate([*words, "##ox", "f"])}
+        tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.decoder = decoders.WordPiece()
+    elif kind == "Unigram":
+        scores = [(token, 0.0) for token in [*specials, "[UNK]"]]
+        scores += [(piece, -2.0) for piece in ["\u2581", *"afox</s>|pd", "\u2581fox"]]
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=len(specials)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+    else:
+        vocabulary = {token: i for i, token in enumerate(words)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    return tokenizer
+
+
+NAMES = [field.name for field in fields(Sentinels)]
+MODELS = ["BPE", "WordPiece", "Unigram", "WordLevel"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("specials", "known"),
+    [
+        ([], {}),
+        (["<|endoftext|>"], {"bos": 0, "eos": 0}),
+        (["[PAD]", "[CLS]", "[SEP]"], {"pad": 0, "bos": 1, "eos": 2}),
+        (["<pad>", "</s>"], {"pad": 0, "eos": 1}),
+    ],
+)
+def test_any_tokenizer_gets_the_sentinels_that_it_lacks(
+    tmp_path: Path, kind: str, specials: list[str], known: dict[str, int]
+):
+    original = build_model(kind, specials)
+    original.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_text_tokenizer(str(tmp_path))
+    own = original.get_vocab_size()
+    expected, following = {}, own
+    for name in NAMES:
+        expected[name] = known.get(name, following)
+        following += name not in known
+    assert asdict(tokenizer.sentinels) == expected
+    assert tokenizer.vocab_size == tokenizer.get_vocab_size() == following
+    for text in ("", "a fox", "fox a < s > |", "a \u65e5 fox"):
+        assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
+    for spelling in [*specials, *(spellings[0] for spellings in SENTINEL_TOKENS.values())]:
+        for text in (spelling, f"a {spelling} fox", f"fox{spelling}{spelling}"):
+            ids = tokenizer.encode(text)
+            assert ids and not {*astuple(tokenizer.sentinels)} & {*ids}
+            if kind == "BPE":
+                kept = {token for token in text if original.token_to_id(token) is not None}
+                assert tokenizer.decode(ids).replace(" ", "") == "".join(
+                    token for token in text if token in kept and token != " "
+                )
+
+
+def test_appended_sentinels_are_shown_and_left_out(tmp_path: Path):
+    tokenizer = TextTokenizer(save_tokenizer(tmp_path, "<|endoftext|>"))
+    assert tokenizer.sentinels == Sentinels(257, 256, 256, 258, 259, 260, 261)
+    assert tokenizer.vocab_size == 262
+    ids = [256, *tokenizer.encode("a fox"), 258, 259, *tokenizer.encode(" b"), 256]
+    assert tokenizer.decode(ids) == "a fox b"
+    shown = "<|endoftext|>a fox<|image_start|><|image_end|> b<|endoftext|>"
+    assert tokenizer.decode(ids, skip_special=False) == shown
+
+
+def test_appended_sentinels_come_after_the_largest_id_where_there_are_gaps(tmp_path: Path):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "fox": 90}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert astuple(TextTokenizer(tmp_path).sentinels) == (91, 92, 93, 94, 95, 96, 97)
+    assert TextTokenizer(tmp_path).vocab_size == 98
+    assert TextTokenizer(tmp_path).encode("fox") == [90]
+
+
+def test_characters_that_only_a_sentinel_stands_for_are_left_out(tmp_path: Path):
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "fox": 1}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = TextTokenizer(tmp_path)
+    assert loaded.sentinels.bos == 0
+    assert loaded.encode("fox bear fox <s>") == [1, 1]
+
+
+def test_what_is_appended_is_said_once(tmp_path: Path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(tokenizers_module.logger, "info", lines.append)
+    folder = save_tokenizer(tmp_path, "<pad>", "<s>", "</s>", "<|image_start|>", "<|image_end|>")
+    for _ in range(2):
         TextTokenizer(folder)
-    assert str(folder / "tokenizer.json") in str(error.value)
-    assert 'add "<|image_start|>" to its added_tokens' in str(error.value)
+    (line,) = lines
+    assert str(folder / "tokenizer.json") in line
+    assert "appended <|speech_start|> (261), <|speech_end|> (262)" in line
+
+
+def test_a_pickled_tokenizer_still_takes_sentinels_for_text(tmp_path: Path):
+    tokenizer = TextTokenizer(save_tokenizer(tmp_path, "<|endoftext|>"))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    text = "a <|endoftext|> b"
+    assert copy.encode(text) == tokenizer.encode(text)
+    assert copy.decode(copy.encode(text)) == text
+    assert copy.fingerprint() == tokenizer.fingerprint()
+
+
+def test_fingerprints_change_with_what_codes_depend_on(tmp_path: Path):
+    prints = [build_text_tokenizer("emoji").fingerprint()]
+    prints += [build_image_tokenizer(name).fingerprint() for name in IMAGE_TOKENIZERS]
+    prints.append(TextTokenizer(save_tokenizer(tmp_path, "<s>")).fingerprint())
+    assert prints[-1] == TextTokenizer(tmp_path / "tokenizer.json").fingerprint()
+    prints.append(TextTokenizer(save_tokenizer(tmp_path, "</s>")).fingerprint())
+    centres = np.zeros((4, 4, 4, 3), np.uint8)
+    for size, last in ((8, 0), (16, 0), (8, 1)):
+        centres[-1] = last
+        tensors = {"centres": centres, "image_size": np.array([size])}
+        save_file(tensors, tmp_path / "codebook.safetensors")
+        prints.append(build_image_tokenizer(str(tmp_path / "codebook.safetensors")).fingerprint())
+    assert len(set(prints)) == len(prints)
+    assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in prints)
+    assert build_image_tokenizer("emoji_32px").fingerprint() == prints[1]
 
 
 def test_files_that_are_not_tokenizers_are_named(tmp_path: Path):

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from torchtitan_mixtures.data.codebooks import nearest_centres, split_patches
 from torchtitan_mixtures.data.corpora.build_speech import build_speech
 from torchtitan_mixtures.data.corpora.emoji_concepts import (
     IconSet,
@@ -28,9 +29,9 @@ from torchtitan_mixtures.data.corpora.emoji_concepts import (
 )
 from torchtitan_mixtures.data.corpora.emoji_folder import write_licences
 from torchtitan_mixtures.data.corpora.emoji_packages import PACKAGES, fetch
-from torchtitan_mixtures.data.corpora.kmeans import kmeans
 from torchtitan_mixtures.data.emoji import CELL_SIZE, STYLES, Concept, EmojiCorpus, Sheet
-from torchtitan_mixtures.data.tokenizers import SENTINEL_TOKENS, nearest_centres, split_patches
+from torchtitan_mixtures.data.kmeans import kmeans
+from torchtitan_mixtures.data.tokenizers import SENTINEL_TOKENS
 
 SEED = 20
 HELD_OUT = 0.1  # share of the families, and of the concepts with two styles, that is held out

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from torchtitan_mixtures.data.audio import resample
+from torchtitan_mixtures.data.codebooks import nearest_centres
 from torchtitan_mixtures.data.corpora.emoji_folder import describe_folder
 from torchtitan_mixtures.data.corpora.espeak import Recording, speak_in_voices
-from torchtitan_mixtures.data.corpora.kmeans import kmeans
 from torchtitan_mixtures.data.emoji import EmojiCorpus
+from torchtitan_mixtures.data.kmeans import kmeans
 from torchtitan_mixtures.data.speech import SPEECH_TOKENIZERS, split_stretches
 from torchtitan_mixtures.data.spoken import SPEECH_FILE, VOICES, SpokenNames, voices_of
-from torchtitan_mixtures.data.tokenizers import nearest_centres
 
 SEED = 20
 SAMPLE_RATE = 16_000

@@ -5,7 +5,9 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan_mixtures.data.tokenizers import nearest_centres
+from torchtitan_mixtures.data.codebooks import nearest_centres
+
+_CHUNK_ROWS = 65_536  # whose differences are held at once
 
 
 def kmeans(
@@ -38,14 +40,14 @@ def kmeans(
         counts = np.bincount(labels, weights, num_centres).astype(np.int64)
         sums = np.stack(
             [
-                np.bincount(labels, weights * column, num_centres)
-                for column in points.T.astype(np.int64)
+                np.bincount(labels, weights * column.astype(np.int64), num_centres)
+                for column in points.T  # one after the other: they are eight times as large
             ],
             axis=1,
         ).astype(np.int64)
         used = counts > 0
         centres[used] = (2 * sums[used] + counts[used, None]) // (2 * counts[used, None])
-        centres[0] = pinned
+        centres[0], used[0] = pinned, True
         if not used.all():
             # An empty cluster restarts at one of the points that are served worst.
             errors = weights * _squared_distances(points, centres[labels])
@@ -78,5 +80,10 @@ def _spread_centres(
 
 
 def _squared_distances(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.int64]:
-    difference = a.astype(np.int32) - b.astype(np.int32)
-    return np.einsum("nd,nd->n", difference, difference).astype(np.int64)
+    b = np.broadcast_to(b, a.shape)
+    squares = np.empty(len(a), np.int64)
+    for start in range(0, len(a), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        difference = a[rows].astype(np.int32) - b[rows]
+        squares[rows] = np.einsum("nd,nd->n", difference, difference)
+    return squares
