@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.sources import Document, document_rng, epoch_order
 
+_PATIENCE = 100
+"""Rounds over all blocks without a sample, after which there are none."""
+
 Sample = TypeVar("Sample")
 
 
@@ -91,7 +94,9 @@ class BlockSource(ABC, Generic[Sample]):
 
     def shards(self, indices: Sequence[int], count: int) -> Sequence[BlockShard[Sample]]:
         """See `Source.shards`."""
-        judge = SampleJudge(self._max_bad_fraction, f'source "{self.name}"')
+        judge = SampleJudge(
+            self._max_bad_fraction, f'source "{self.name}"', is_alone=len(indices) == count
+        )
         return [BlockShard(self, index, count, judge) for index in indices]
 
     def block_at(self, epoch: int, place: int) -> int:
@@ -127,6 +132,7 @@ class BlockShard(Generic[Sample]):
         self._counts = judge.new_counts()
         self._num_finished = 0  # blocks
         self._num_taken = 0  # samples of the block after those
+        self._num_empty = 0  # blocks without samples, one after the other
 
     def __iter__(self) -> Iterator[Document]:
         """See `Shard.__iter__`."""
@@ -150,6 +156,7 @@ class BlockShard(Generic[Sample]):
             self._counts.seen += 1
             self._judge.count_bad(self._counts, f"{source.name}, block {block}", error)
             return
+        self._require_samples(len(samples))
         order = np.arange(len(samples))
         if source.is_endless and len(samples) > 1:
             order = epoch_order(source.seed, epoch, len(samples), f"{source.name}.{block}")
@@ -168,6 +175,16 @@ class BlockShard(Generic[Sample]):
                 raise ValueError(f"{key}: {type(error).__name__}: {error}") from error
             self._counts.good_in_epoch += 1
             yield document
+
+    def _require_samples(self, num_samples: int) -> None:
+        """Raise ValueError if all blocks are empty, which would be read forever."""
+        self._num_empty = 0 if num_samples else self._num_empty + 1
+        # Blocks come in random order: one with samples is missed so often once in e^100 runs.
+        if self._num_empty > _PATIENCE * self._source.num_blocks:
+            raise ValueError(
+                f'source "{self._source.name}": holds no samples; check multimodal.sources.path, '
+                "or leave the source out."
+            )
 
     def reject(self, document: Document, error: ValueError) -> None:
         """See `Shard.reject`."""

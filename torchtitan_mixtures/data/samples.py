@@ -32,6 +32,7 @@ class SampleCounts:
     seen: int = 0
     bad: int = 0
     good_in_epoch: int = 0
+    bad_in_epoch: int = 0
     bad_keys: list[str] = field(default_factory=list)
 
 
@@ -42,19 +43,23 @@ class SampleJudge:
     judged whenever the shards have ended an epoch each on average: a shard alone may be too small
     to tell. If none of those epochs had a good sample, that stops the run whatever the limit.
     Before, once `MIN_SAMPLES` were seen, so many must be bad that it is no accident of the first
-    samples: four standard deviations more than the limit allows.
+    samples: four standard deviations more than the limit allows. The same goes for the end of an
+    epoch of which other processes read the rest.
 
     Args:
         max_bad_fraction: The limit.
         name: What messages call what the samples are of.
+        is_alone: Whether this process reads all there is.
     """
 
-    def __init__(self, max_bad_fraction: float, name: str) -> None:
+    def __init__(self, max_bad_fraction: float, name: str, is_alone: bool = True) -> None:
         self._limit = max_bad_fraction
         self._name = name
+        self._is_alone = is_alone
         self._counts: list[SampleCounts] = []  # of each shard
         self._num_ended = 0  # epochs of shards since the last judgement
         self._num_good = 0  # samples in those
+        self._num_bad = 0
         self._last_reason = "unknown"
 
     def new_counts(self) -> SampleCounts:
@@ -65,6 +70,7 @@ class SampleJudge:
     def count_bad(self, counts: SampleCounts, key: str, error: Exception) -> None:
         """Count, log and judge a bad sample."""
         counts.bad += 1
+        counts.bad_in_epoch += 1
         self._last_reason = str(error)
         if len(counts.bad_keys) < _MAX_KEYS and key not in counts.bad_keys:
             counts.bad_keys.append(key)
@@ -73,21 +79,28 @@ class SampleJudge:
             logger.warning(
                 f"Skipped bad sample {key}: {self._last_reason} ({bad} of {seen} samples so far)"
             )
-        allowed = self._limit * seen
-        if seen >= MIN_SAMPLES and bad > allowed + 4 * math.sqrt(allowed):
+        if seen >= MIN_SAMPLES and bad > self._surely_too_many(seen):
             raise ValueError(self._summary()) from error
 
     def end_epoch(self, counts: SampleCounts) -> None:
         """Count the end of a shard's epoch; judge when that makes one for every shard."""
         self._num_ended += 1
         self._num_good += counts.good_in_epoch
-        counts.good_in_epoch = 0
+        self._num_bad += counts.bad_in_epoch
+        counts.good_in_epoch = counts.bad_in_epoch = 0
         if self._num_ended < len(self._counts):
             return
         seen, bad = self._totals()
-        if bad > self._limit * seen or not self._num_good:
+        allowed = self._limit * seen if self._is_alone else self._surely_too_many(seen)
+        # Shards may find no samples at all in an epoch, if those are in few blocks.
+        if bad > allowed or (self._num_bad and not self._num_good and self._is_alone):
             raise ValueError(self._summary())
-        self._num_ended = self._num_good = 0
+        self._num_ended = self._num_good = self._num_bad = 0
+
+    def _surely_too_many(self, seen: int) -> float:
+        """How many bad ones of so many samples are no accident."""
+        allowed = self._limit * seen
+        return allowed + 4 * math.sqrt(allowed)
 
     def _totals(self) -> tuple[int, int]:
         return sum(c.seen for c in self._counts), sum(c.bad for c in self._counts)
@@ -174,7 +187,8 @@ class SampleReader:
         """Continue counting from a state."""
         counts = self._counts
         counts.seen, counts.bad = state["seen"], state["bad"]
-        counts.good_in_epoch, counts.bad_keys = state["good_in_epoch"], list(state["bad_keys"])
+        counts.good_in_epoch, counts.bad_in_epoch = state["good_in_epoch"], state["bad_in_epoch"]
+        counts.bad_keys = list(state["bad_keys"])
 
     def _resolve(self, image: Any) -> Any:
         """Find a relative path of an image beside the data that names it."""

@@ -13,7 +13,7 @@ from torchtitan_mixtures.data.sources import Source
 from torchtitan_mixtures.data.tokenize_parts import Recipe, Tokenizable
 from torchtitan_mixtures.multimodal_config import Multimodal
 from torchtitan_mixtures.source_entries import SourceEntry, parse_entries
-from torchtitan_mixtures.train import parse_job
+from torchtitan_mixtures.train import parse_job, quiet_the_host
 
 _SETTINGS = ("scene_fraction", "max_pairs", "caption_first")  # beside what a source says of itself
 
@@ -41,6 +41,7 @@ def open_job_source(arguments: Sequence[str], name: str, epochs: int) -> Tokeniz
     Raises:
         ValueError: The configuration is wrong, there is no such source, or it cannot be opened.
     """
+    quiet_the_host()  # in worker processes too
     job_config = parse_job(arguments, check_data)
     # What a caption and what it is about are to each other stays open; training drops captions.
     config = dataclasses.replace(job_config.multimodal, condition_dropout=0.0)
