@@ -39,7 +39,7 @@ from torchtitan_mixtures.data.show_page import (
 from torchtitan_mixtures.data.tokenizers import TextTokenizer
 
 if TYPE_CHECKING:
-    from torchtitan_mixtures.job_config import MixtureJobConfig
+    from torchtitan_mixtures.job_config import MixtureJobConfig, Multimodal
 
 _DOCTYPE = b"<!DOCTYPE html>"
 
@@ -118,7 +118,7 @@ def make_page(job_config: MixtureJobConfig, num_sequences: int, split: str | Non
         "configuration": job_config.job.config_file,
         "model": f"{job_config.model.name} {job_config.model.flavor}",
         "split": f"{split} ({'training' if section is job_config.training else 'validation'})",
-        "source": config.source if config.source == "emoji" else f"datasets: {config.path}",
+        "source": describe_source(config),
         "multimodal.seed": config.seed,
         "text tokenizer": f"{config.text_tokenizer} ({tokenizer.vocab_size:,} tokens)",
         **{
@@ -183,6 +183,14 @@ def take_validation(
     documents = cast(ValidationBatches, loader.dataset).documents
     assert documents is not None  # it has been iterated
     return batches, sample_counts(documents.state_dict())
+
+
+def describe_source(config: Multimodal) -> str:
+    """Say where documents come from."""
+    if config.source == "mixture":
+        tables = [*config.sources, *config.validation_sources]
+        return ", ".join(f"{t.get('name')} ({t.get('kind')} {t.get('path', '')})" for t in tables)
+    return config.source if config.source == "emoji" else f"datasets: {config.path}"
 
 
 def sample_counts(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -32,12 +32,21 @@ def splits_of(checkpoint: LoadedCheckpoint, wanted: Sequence[str]) -> list[str]:
     Args:
         checkpoint: Its data are those of the run.
         wanted: Their names; none for all: of other data than the embedded corpus, those that the
-            run trained and validated on.
+            run trained and validated on, and of a mixture what there is to validate on.
 
     Raises:
-        ValueError: The embedded corpus has no such split for this model.
+        ValueError: The embedded corpus has no such split for this model, or a mixture has nothing
+            to validate on.
     """
     data = checkpoint.job_config.multimodal
+    if data.source == "mixture":
+        named = list(wanted or [table["name"] for table in data.validation_sources])
+        if not named:
+            raise ValueError(
+                f"{checkpoint.path} was trained on a mixture without "
+                "[[multimodal.validation_sources]]: there is nothing to evaluate it on."
+            )
+        return named
     if data.source != "emoji":
         return list(wanted or dict.fromkeys([data.train_split, *data.validation_splits]))
     has_speech = "speech" in checkpoint.codecs.modalities.names
