@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchtitan_mixtures.data.encoding import DocumentEncoder, Tokens
-from torchtitan_mixtures.data.sources import Shard, Source
+from torchtitan_mixtures.data.sources import Document, Shard, Source
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class MixedShard:
             if not left:
                 break
             number = min(left, key=self._lead)
-            document = next(streams[number], None)
+            document = self._next(streams[number], number)
             if document is None:
                 self._counts[number].has_ended = True
                 continue
@@ -129,6 +129,25 @@ class MixedShard:
                 "The training data have ended: every source of multimodal.sources has reached its "
                 "max_epochs or max_tokens. Leave one without a limit, or lower training.steps."
             )
+
+    def _next(self, stream: Iterator[Document], number: int) -> Document | None:
+        """The next document of a source, None at its end.
+
+        Raises:
+            ValueError: It cannot be read; names the source or the sample.
+        """
+        try:
+            return next(stream, None)
+        except ValueError:
+            raise  # says what is wrong with what
+        # Whatever else libraries raise on damaged data says not where, and that in a worker process.
+        except Exception as error:
+            counts = self._counts[number]
+            raise ValueError(
+                f'source "{self._ingredients[number].name}", after {counts.documents} documents of '
+                f"this shard: {type(error).__name__}: {error}. Repair the data, or leave the "
+                "source out."
+            ) from error
 
     def _lead(self, number: int) -> float:
         """How far a source is ahead of its share.

@@ -265,6 +265,19 @@ def test_empty_documents_and_those_of_other_modalities_are_rejected():
     assert source.rejected and all("modality 'speech'" in r for r in source.rejected)
 
 
+def test_errors_that_name_nothing_are_given_the_source():
+    class Torn(Letters):
+        def build_document(self, epoch: int, index: int) -> Document:
+            if index == 7:
+                raise KeyError("torn")
+            return super().build_document(epoch, index)
+
+    source = Torn("a", [3], count=10, is_endless=False)
+    (shard,) = mix(Ingredient("letters", source)).shards([0], 1)
+    with pytest.raises(ValueError, match=r'source "letters", after 7 documents .*KeyError: .torn'):
+        list(iter(shard))
+
+
 # --- packing --------------------------------------------------------------------------------------
 
 documents_of_any_kind = st.lists(
