@@ -140,7 +140,7 @@ class MixedShard:
             return next(stream, None)
         except ValueError:
             raise  # says what is wrong with what
-        # Whatever else libraries raise on damaged data says not where, and that in a worker process.
+        # Whatever else libraries raise on damaged data says not where.
         except Exception as error:
             counts = self._counts[number]
             raise ValueError(
