@@ -25,6 +25,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_mixtures import benchmark as measure
 from torchtitan_mixtures.local_ranks import run_ranks
 from torchtitan_mixtures.planning.measure import STEPS, Measured, measure_steps
+from torchtitan_mixtures.planning.running import BACKEND
 from torchtitan_mixtures.planning.step import Memory, plan_step
 from torchtitan_mixtures.train import quiet_the_host
 
@@ -34,20 +35,22 @@ QUANTITIES = ("parameters", "gradients", "optimizer_state", "activations", "peak
 MIB = 2**20
 
 PARALLEL = "--parallelism"
+PIPELINE = (
+    f"{PARALLEL}.pipeline_parallel_degree=2",
+    f"{PARALLEL}.pipeline_parallel_schedule=1F1B",
+    "--training.local_batch_size=4",
+)
+SEQ_512 = "--training.seq_len=512"
+"""Of rows that would take long: bfloat16 and graphs are slow on a CPU, four processes share it."""
+
+MIXED = "--training.mixed_precision_param=bfloat16"
 LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "1 process": (1, ()),
     "FSDP 2": (2, ()),
     "TP 2": (2, (f"{PARALLEL}.tensor_parallel_degree=2",)),
     "CP 2": (2, (f"{PARALLEL}.context_parallel_degree=2",)),
     "DDP 2": (2, (f"{PARALLEL}.data_parallel_replicate_degree=2",)),
-    "PP 2, 1F1B": (
-        2,
-        (
-            f"{PARALLEL}.pipeline_parallel_degree=2",
-            f"{PARALLEL}.pipeline_parallel_schedule=1F1B",
-            "--training.local_batch_size=4",
-        ),
-    ),
+    "PP 2, 1F1B": (2, PIPELINE),
     "FSDP 2, full AC": (2, ("--activation_checkpoint.mode=full",)),
     "FSDP 2, selective AC": (
         2,
@@ -57,6 +60,21 @@ LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "FSDP 2, 2 microbatches": (2, ("--training.global_batch_size=8",)),
+    "1 process, mixed bfloat16, seq 512": (1, (SEQ_512, MIXED)),
+    "FSDP 2, mixed bfloat16, seq 512": (2, (SEQ_512, MIXED)),
+    "FSDP 2, all bfloat16, seq 512": (2, (SEQ_512, MIXED, "--training.dtype=bfloat16")),
+    "FSDP 2, compiled, seq 512": (
+        2,
+        (
+            SEQ_512,
+            "--compile.enable",
+            "--compile.components=model",
+            # The planner's own: inductor leaves the same bytes, and takes longer to.
+            f"--compile.backend={BACKEND}",
+        ),
+    ),
+    "TP 2 x FSDP 2, seq 512": (4, (SEQ_512, f"{PARALLEL}.tensor_parallel_degree=2")),
+    "PP 2 x FSDP 2, 1F1B, seq 512": (4, (SEQ_512, *PIPELINE)),
 }
 """Name -> ranks, and what is added to the command line."""
 
@@ -65,8 +83,9 @@ CASES = (
     *(
         (family, layout)
         for family in FAMILIES[1:]
-        for layout in ("FSDP 2", "TP 2", "CP 2", "FSDP 2, full AC")
+        for layout in ("1 process", "FSDP 2", "TP 2", "CP 2", "FSDP 2, full AC")
     ),
+    ("mom", "FSDP 2, selective AC"),
 )
 
 SHORT = (
@@ -120,7 +139,7 @@ def measure_memory(options: argparse.Namespace, device: torch.device) -> Iterato
     """Compare plans with what was allocated."""
     require_cpu(device)
     columns = ["family", "layout", *(name.replace("_", " ") for name in QUANTITIES)]
-    table = MarkdownTable("Planned memory of rank 0 to measured, MiB: CPU, gloo, float32", columns)
+    table = MarkdownTable("Planned memory of rank 0 to measured, MiB: CPU, gloo", columns)
     for family, layout in CASES[:3] if options.quick else CASES:
         real, plan = compare(family, layout)
         cells, errors = [], {}
@@ -133,7 +152,8 @@ def measure_memory(options: argparse.Namespace, device: torch.device) -> Iterato
             cells.append(f"{planned / MIB:.1f} / {found / MIB:.1f} ({errors[name]:+.1%})")
         table.add(family, layout, *cells, family=family, layout=layout, errors=errors)
     table.notes += [
-        "Debug configurations as they are, with a batch of 4 in the pipeline. Measured by "
+        "Debug configurations as they are, float32 unless said, with a batch of 4 in pipelines; "
+        f"compiled by {BACKEND}. Measured by "
         "PyTorch's profiler: activations and peak of the second to fourth step, the least of each.",
         "Activations of a pipeline, whose passes alternate, are in its peak only.",
     ]

@@ -107,6 +107,8 @@ class MixtureTrainer(Trainer):
             This rank's share of the loss, in nats per supervised position; a scalar, zero on
             pipeline ranks without the last stage.
         """
+        # A step in which nothing is to be predicted has no loss and no gradient, instead of 0 / 0.
+        global_valid_tokens = global_valid_tokens.clamp(min=1)
         if not self.parallel_dims.pp_enabled:
             return super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens

@@ -30,6 +30,7 @@ from torchtitan_mixtures.data.loader import multimodal_section, worker_options
 from torchtitan_mixtures.data.model_flavor import model_flavor
 from torchtitan_mixtures.data.sequences import Batch
 from torchtitan_mixtures.data.shards import Share, check_fingerprint
+from torchtitan_mixtures.data.workers import end_with_parent
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import MixtureJobConfig
@@ -229,4 +230,10 @@ def _make_loader(
     options["pin_memory"] = options["pin_memory"] and torch.accelerator.is_available()
     # A generator of its own: the default one would be advanced by every new iterator, and the
     # random numbers of the training would depend on when validation ran.
-    return DataLoader(dataset, batch_size=None, generator=torch.Generator(), **options)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        generator=torch.Generator(),
+        worker_init_fn=end_with_parent,
+        **options,
+    )

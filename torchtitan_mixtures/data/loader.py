@@ -36,6 +36,7 @@ from torchtitan_mixtures.data.tokenizers import (
     build_text_tokenizer,
 )
 from torchtitan_mixtures.data.vocabulary import token_model_args
+from torchtitan_mixtures.data.workers import end_with_parent
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
@@ -115,11 +116,12 @@ class MultimodalDataLoader(BaseDataLoader):
         """What the batches handed out so far have cost of each source, in this rank's shards.
 
         Returns:
-            For each source: `tokens`, `documents`, `split` and `dropped` ones, `samples` read,
-            `bad` ones of them, and `epochs`, whose sum over all ranks is the mean over shards.
-            After the last source one more: `tokens` and `positions` of the sequences.
+            For each source: `tokens`, `documents`, `split` and `dropped` ones, pieces left out
+            as `mute` (nothing to predict), `samples` read, `bad` ones of them, and `epochs`, whose
+            sum over all ranks is the mean over shards. After the last source one more: `tokens`
+            and `positions` of the sequences.
         """
-        names = ("tokens", "documents", "split", "dropped", "samples", "bad", "epochs")
+        names = ("tokens", "documents", "split", "dropped", "mute", "samples", "bad", "epochs")
         sums = [dict.fromkeys(names, 0.0) for _ in self.source_names]
         packed = {"tokens": 0.0, "positions": 0.0}
         for state in self._sequences.states.values():
@@ -151,7 +153,13 @@ class MultimodalDataLoader(BaseDataLoader):
 def _make_loader(dataset: TrainingSequences | ValidationBatches, **options: Any) -> DataLoader:
     # A generator of its own: the default one would be advanced by every new iterator, and the
     # random numbers of the training would depend on when validation ran.
-    return DataLoader(dataset, batch_size=None, generator=torch.Generator(), **options)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        generator=torch.Generator(),
+        worker_init_fn=end_with_parent,
+        **options,
+    )
 
 
 def _as_it_is(item: Any) -> Any:
@@ -185,14 +193,15 @@ def build_multimodal_dataloader(
     sequences = TrainingSequences(
         parts.mixture, parts.make_packer, Share(dp_rank, dp_world_size), num_shards
     )
-    speech = {"multimodal.speech_tokenizer": config.speech_tokenizer}
     fingerprint = {
         **parts.mixture.fingerprint(),
-        **(speech if "speech" in parts.modalities.names else {}),
         "training.seq_len": settings.seq_len,
         "multimodal.shards": num_shards,
-        "multimodal.text_tokenizer": config.text_tokenizer,
-        "multimodal.image_tokenizer": config.image_tokenizer,
+        # Of what they hold, not where they are: a file may move, and another may take its place.
+        **{
+            f"content of multimodal.{name}_tokenizer": content
+            for name, content in parts.tokenizers.fingerprints().items()
+        },
         **{f"multimodal.{key}": getattr(config, key) for key in _ORDER_KEYS},
         "vocabulary ranges": [list(limits) for limits in parts.modalities.vocab_ranges],
     }
@@ -300,7 +309,7 @@ class _LoaderParts:
         self.modalities = find_modalities(job_config, tokenizer)
         names = self.modalities.names
         speech = build_speech_tokenizer(config.speech_tokenizer) if "speech" in names else None
-        tokenizers = SourceTokenizers(
+        self.tokenizers = tokenizers = SourceTokenizers(
             tokenizer, build_image_tokenizer(config.image_tokenizer), speech
         )
         encoder = DocumentEncoder(
@@ -315,7 +324,7 @@ class _LoaderParts:
         self.make_packer = partial(Packer, seq_len, config.packing)
         is_training = section == "training"
         ingredients = build_ingredients(config, split, tokenizers, is_training, names)
-        self.mixture = Mixture(ingredients, encoder)
+        self.mixture = Mixture(ingredients, encoder, config.seed)
         self.builder = BatchBuilder(
             self.modalities,
             # A modality without a key of its own, for lack of data, counts in full.

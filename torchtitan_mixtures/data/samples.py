@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MIN_SAMPLES = 100
 """Samples seen before the share of bad ones may stop a run; an epoch's end may stop it earlier."""
 
+_PATIENCE = 1000
+"""Bad samples running, in a process, that stop a run whatever the limit: there are no others."""
+
 _MAX_KEYS = 5  # bad samples that the summary names
 _MAX_LOGGED = 100  # bad samples logged one by one; after that every hundredth is
 
@@ -41,7 +44,8 @@ class SampleJudge:
 
     That is a `ValueError` if more than `multimodal.max_bad_fraction` of the samples are bad. It is
     judged whenever the shards have ended an epoch each on average: a shard alone may be too small
-    to tell. If none of those epochs had a good sample, that stops the run whatever the limit.
+    to tell. If none of those epochs had a good sample, that stops the run whatever the limit, and
+    so do `_PATIENCE` bad ones running.
     Before, once `MIN_SAMPLES` were seen, so many must be bad that it is no accident of the first
     samples: four standard deviations more than the limit allows. The same goes for the end of an
     epoch of which other processes read the rest.
@@ -61,6 +65,8 @@ class SampleJudge:
         self._num_good = 0  # samples in those
         self._num_bad = 0
         self._last_reason = "unknown"
+        self._good_before = 0  # samples, when the latest bad one came
+        self._bad_in_a_row = 0
 
     def new_counts(self) -> SampleCounts:
         """The counts of one more shard."""
@@ -75,11 +81,14 @@ class SampleJudge:
         if len(counts.bad_keys) < _MAX_KEYS and key not in counts.bad_keys:
             counts.bad_keys.append(key)
         seen, bad = self._totals()
+        self._bad_in_a_row = self._bad_in_a_row + 1 if seen - bad == self._good_before else 1
+        self._good_before = seen - bad
         if bad <= _MAX_LOGGED or bad % 100 == 0:
             logger.warning(
                 f"Skipped bad sample {key}: {self._last_reason} ({bad} of {seen} samples so far)"
             )
-        if seen >= MIN_SAMPLES and bad > self._surely_too_many(seen):
+        is_hopeless = self._bad_in_a_row >= _PATIENCE
+        if is_hopeless or (seen >= MIN_SAMPLES and bad > self._surely_too_many(seen)):
             raise ValueError(self._summary()) from error
 
     def end_epoch(self, counts: SampleCounts) -> None:

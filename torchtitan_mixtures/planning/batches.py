@@ -68,10 +68,10 @@ def _tokens(rows: int, seq: int, modalities: int) -> Batch:
     positions = torch.arange(seq).expand(rows, seq)
     modality = torch.arange(modalities)[None, :, None]
     zeros = torch.zeros(rows, seq, dtype=torch.int64)
-    inputs = {
-        "input": zeros,
+    inputs = {  # each with a storage of its own, as the loader's
+        "input": zeros.clone(),
         "modality_masks": positions[:, None] % modalities == modality,
-        "document_ids": zeros,
+        "document_ids": zeros.clone(),
         "image_ids": zeros - 1,
         "positions": positions.clone(),
     }

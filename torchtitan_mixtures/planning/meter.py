@@ -78,11 +78,13 @@ class StepMeter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # comes back as operators on plain tensors
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        outputs = _tensors(output)
         # Tracers run what they trace; nothing of it is part of a step.
         if self._is_paused or TracingContext.try_get() is not None:
-            return output
+            return func(*args, **kwargs)
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as in real runs; among fake tensors it would be a copy
+        output = func(*args, **kwargs)
+        outputs = _tensors(output)
         for tensor in outputs:
             self.watch(tensor)
         self._count(func, args, kwargs, output, outputs)

@@ -75,8 +75,9 @@ class RankRun:
         optimizer_bytes: In and out of the optimiser's operators.
         rounds: Microbatches of gradient accumulation; those after the second are like it.
         tallies: Of the first and, if there is one, the second.
-        waiting: Of inputs and targets; of a pipeline those of all its microbatches, and the
-            buffers into which its stages receive what belongs to each.
+        batch: Of what the loader yields for a microbatch, and the trainer holds until a step ends.
+        waiting: Of that, and of inputs and targets; of a pipeline those of all its microbatches,
+            and the buffers into which its stages receive what belongs to each.
     """
 
     parameters: int
@@ -88,6 +89,7 @@ class RankRun:
     optimizer_bytes: int
     rounds: int
     tallies: Sequence[Tally]
+    batch: int
     waiting: int
 
 
@@ -150,9 +152,8 @@ class RankModel:
 
     def run(self, rounds: int) -> RankRun:
         """Run a step of so many microbatches; once."""
-        prepared = self._loss.prepare(
-            self._parts[0], None, *make_batch(self._job, self.args), self._dims, self._job
-        )
+        batch: Any = make_batch(self._job, self.args)
+        prepared = self._loss.prepare(self._parts[0], None, *batch, self._dims, self._job)
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         with fake_mode, StepMeter().watching() as meter:
             for part in self._parts:
@@ -166,8 +167,9 @@ class RankModel:
                 meter.watch(fake)
                 return fake
 
-            prepared = tree_map_only(Tensor, watched, prepared)
-            waiting = storage_bytes(t for t in tree_leaves(prepared) if isinstance(t, Tensor))
+            # The trainer holds a batch until the step ends, whatever the loss makes of it.
+            batch, prepared = tree_map_only(Tensor, watched, (batch, prepared))
+            loaded, waiting = (_bytes_in(tree) for tree in (batch, (batch, prepared)))
             tallies = [self._run_microbatch(meter, held + buffers, prepared)]
             if rounds > 1:
                 start = held + buffers + _gradient_bytes(parameters)
@@ -192,6 +194,7 @@ class RankModel:
                 optimizer_bytes=meter.other_bytes,
                 rounds=rounds,
                 tallies=tallies,
+                batch=loaded,
                 waiting=waiting + self._received_bytes(),
             )
 
@@ -250,6 +253,10 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages of this rank's parts of some tensors, each once."""
     storages = (_local(tensor).untyped_storage() for tensor in tensors)
     return sum({id(storage): storage.nbytes() for storage in list(storages)}.values())
+
+
+def _bytes_in(tree: Any) -> int:
+    return storage_bytes(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _gradient_bytes(parameters: Iterable[Tensor]) -> int:

@@ -202,7 +202,8 @@ def _other_state(job_config: MixtureJobConfig, run: RankRun, world_size: int) ->
 
 
 def _memory(run: RankRun, other_state: int) -> Memory:
-    unseen = other_state - run.buffers
+    # Batches of all microbatches are loaded before the first is computed.
+    unseen = other_state - run.buffers + (run.rounds - 1) * run.batch
     peaks = [tally.peak + run.optimizer_state for tally in run.tallies]
     return Memory(
         parameters=run.parameters,

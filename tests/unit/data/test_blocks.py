@@ -120,3 +120,9 @@ def test_one_bad_sample_of_a_process_that_reads_a_part_stops_nothing():
 def test_a_source_of_empty_blocks_is_no_endless_loop(count):
     with pytest.raises(ValueError, match='source "lists": holds no samples; check'):
         keys(Lists([[], [], []]), count, limit=1)
+
+
+def test_nothing_but_bad_samples_ends_whatever_the_limit_and_the_readers():
+    source = Lists([[ValueError("bad")] * 10] * 4, bad=1.0)
+    with pytest.raises(ValueError, match=r"1000 of 1000 samples \(100.00%\)"):
+        list(source.shards([0], 2)[0])

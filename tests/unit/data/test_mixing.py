@@ -162,7 +162,76 @@ def test_tokens_are_limited_over_all_shards(count):
         Ingredient("b", Letters("b", [20]), 0.5),
     )
     rows = [row for s in mix(*parts).shards(range(count), count) for row in packed(s, 200)]
-    assert 4400 <= letters_of(rows)["a"] < 4400 + count * 22
+    assert abs(letters_of(rows)["a"] - 4400) <= count * 22
+
+
+def tokens_of(shards: Sequence[MixedShard], each: int) -> Counter[str]:
+    """Tokens of each letter in the first documents of shards, `each` tokens or a few more."""
+    totals: Counter[str] = Counter()
+    for shard in shards:
+        counts: Counter[str] = Counter()
+        for pieces in shard:
+            counts += letters_of([pieces])
+            if counts.total() >= each:
+                break
+        totals += counts
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("weights", "lengths", "each", "tolerance"),
+    [
+        ((0.999, 0.001), ([100], [100]), 1000, 0.004),  # not a document of each in every shard
+        ((0.9, 0.1), ([18], [120]), 600, 0.02),
+        ((0.5, 0.5), ([5], [1200]), 3000, 0.05),
+    ],
+)
+def test_shares_are_right_from_the_first_documents_on(weights, lengths, each, tolerance):
+    parts = [
+        Ingredient(n, Letters(n, of), w) for n, of, w in zip("ab", lengths, weights, strict=True)
+    ]
+    counts = tokens_of(mix(*parts).shards(range(200), 200), each)
+    assert counts["b"] / counts.total() == pytest.approx(weights[1], abs=tolerance)
+
+
+def test_a_limit_of_less_than_a_document_for_each_shard_is_kept_on_average():
+    parts = (
+        Ingredient("a", Letters("a", [100]), 0.5, max_tokens=5000),
+        Ingredient("b", Letters("b", [20]), 0.5),
+    )
+    counts = tokens_of(mix(*parts).shards(range(200), 200), 1000)
+    assert counts["a"] == pytest.approx(5000, rel=0.4)  # 20400 would be one for each
+
+
+def test_sources_that_are_too_long_throughout_do_not_hang():
+    encoder = DocumentEncoder(
+        make_encoder(SEQ_LEN)._text_tokenizer,
+        make_encoder(SEQ_LEN)._image_tokenizer,
+        MODALITIES,
+        SEQ_LEN,
+        long_documents="drop",
+    )
+    parts = (Ingredient("a", Letters("a", [300]), 0.5), Ingredient("b", Letters("b", [20]), 0.5))
+    (shard,) = mix(*parts, encoder=encoder).shards([0], 1)
+    with pytest.raises(ValueError, match=r'source "a": 1000 documents running are longer than'):
+        list(itertools.islice(iter(shard), 10))
+
+
+def test_pieces_and_documents_without_anything_to_predict_are_left_out():
+    class Muted(Letters):
+        def build_document(self, epoch: int, index: int) -> Document:
+            prompt = Segment("text", "x" * 400, has_loss=False)
+            answer = Segment("text", "yes", has_loss=index % 2 == 0)
+            return Document((prompt, answer), str(index))
+
+    source = Muted("m", [1], count=40)
+    (shard,) = mix(Ingredient("m", source)).shards([0], 1)
+    given = list(itertools.islice(iter(shard), 30))
+    assert all((piece[1:] >= 0).any() for pieces in given for piece in pieces)
+    (counts,) = shard.state_dict()["counts"]
+    assert counts["mute"] == 30 * 3  # of four pieces the last alone has something to predict
+    assert len(source.rejected) > 10
+    assert all("nothing is to be predicted" in reason for reason in source.rejected)
 
 
 def test_the_end_of_all_sources_is_an_error_that_says_what_to_do():

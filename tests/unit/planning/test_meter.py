@@ -124,6 +124,18 @@ def test_what_collectives_move_is_counted_by_group():
         }  # fmt: skip
 
 
+def test_waiting_for_a_collective_makes_no_copy_of_what_it_brings():
+    with fake_world(4, 0):
+        mesh = init_device_mesh("cpu", (4,))
+        with FakeTensorMode():
+            x = zeros(256)
+            with StepMeter().watching() as meter:
+                gathered = all_gather_single(x, 0, mesh)
+                gathered = torch.ops._c10d_functional.wait_tensor(gathered)
+                assert meter.live == meter.peak == gathered.nbytes == 4 * KIB
+                assert meter.other_bytes == 0
+
+
 def test_a_collective_that_is_not_in_the_table_is_an_error():
     with pytest.raises(UnknownCollectiveError, match="gather_everything"):
         moved_bytes("gather_everything", ([], []), 2)

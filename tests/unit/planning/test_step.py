@@ -12,7 +12,7 @@ from torchtitan_mixtures.models import FAMILIES
 from torchtitan_mixtures.planning import steady, step
 from torchtitan_mixtures.planning.step import plan_step
 
-FLOAT32, MIB = 4, 2**20
+FLOAT32, INT64, MIB = 4, 8, 2**20
 LAYERS, ROWS, SEQ, DIM = 6, 2, 512, 256  # of mot's debug model, and of the batches below
 PIPELINE = ("--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4")
 
@@ -58,6 +58,15 @@ def test_fsdp_halves_the_state_and_gathers_weights_twice(family):
     # unit between the passes.
     weights = alone.memory.parameters / 2
     assert 2 * weights < half.sent["fsdp"] <= 3 * weights * 1.02
+
+
+def test_images_of_a_batch_live_beside_what_is_made_of_them():
+    few, more = (plan("mom", 1, f"--training.global_batch_size={64 * rounds}") for rounds in (2, 4))
+    # All are loaded before the first is computed; what else the loader yields is small.
+    pixels = 64 * 3 * 32 * 32 * FLOAT32
+    assert (more.microbatches, few.microbatches) == (4, 2)
+    assert 2 * pixels <= more.memory.peak - few.memory.peak < 2 * pixels * 1.1
+    assert more.memory.activations == few.memory.activations
 
 
 def test_collectives_of_a_block_are_those_that_measurements_count():
@@ -116,7 +125,9 @@ def test_gradient_accumulation_repeats_microbatches_and_keeps_gradients():
     assert thrice.sent["fsdp"] == pytest.approx(3 * once.sent["fsdp"], rel=0.15)
     assert thrice.tokens == 3 * once.tokens
     extra = thrice.memory.peak - once.memory.peak
-    assert 0 < extra <= thrice.memory.gradients
+    # Tokens, three kinds of numbers of positions, targets, and two masks.
+    batch = ROWS * SEQ * (5 * INT64 + 2)
+    assert 2 * batch < extra <= thrice.memory.gradients + 2 * batch
 
 
 def test_replicas_sum_gradients_and_hold_what_they_held():
