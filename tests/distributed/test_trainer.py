@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.gang import run_ranks
@@ -165,3 +167,18 @@ def test_mixed_precision_reports_nearly_the_same(world, local, options, one_proc
     for key in (loss, (2, "modality/image/loss"), (2, "unseen_concept")):
         assert found[key] == pytest.approx(expected[key], rel=2e-2), key
     assert abs(found[loss] / expected[loss] - 1) > 1e-5, "computed in float32"
+
+
+def test_steps_without_anything_to_predict_have_no_loss_and_no_gradient(tmp_path):
+    """Texts alone, with text that counts nothing: 0 instead of 0 / 0, on both ranks."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(50)))
+    sources = [{"name": "texts", "kind": "jsonl", "path": str(data)}]
+    records = run_ranks(
+        train, 2, "mot", *BASE, "--training.local_batch_size=2", "--multimodal.source=mixture",
+        f"--multimodal.sources={json.dumps(sources)}", "--multimodal.text_weight=0",
+        "--validation.no-enable", f"--job.dump_folder={tmp_path / 'run'}", init=False, timeout=200,
+    )  # fmt: skip
+    for record in records:
+        assert list(record["loss"].values()) == [0.0] * 3
+        assert list(record["grad_norm"].values()) == [0.0] * 3
