@@ -108,11 +108,8 @@ class MixtureTrainer(Trainer):
             pipeline ranks without the last stage.
         """
         # A step in which nothing is to be predicted has no loss and no gradient, instead of 0 / 0.
-        # (The host has summed it to a number over several ranks.)
-        if isinstance(global_valid_tokens, Tensor):
-            global_valid_tokens = global_valid_tokens.clamp(min=1)
-        else:
-            global_valid_tokens = max(global_valid_tokens, 1)
+        count = cast(Any, global_valid_tokens)  # the host sums it to a number over several ranks
+        global_valid_tokens = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
         if not self.parallel_dims.pp_enabled:
             return super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
