@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from tests.gang import free_port
 from tests.jobs import ROOT, TRAIN_CONFIGS
+from tests.unit.data.file_fakes import make_tar, picture
 
 pytestmark = pytest.mark.e2e
 
@@ -144,3 +146,44 @@ def wait_for(moment: str, run: Run, rng: random.Random) -> None:
     else:
         run.wait_until(lambda: step in run.losses())
         time.sleep(rng.random() * 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_mixture_of_files_goes_on_as_if_nothing_had_happened(tmp_path):
+    """Own data of three kinds, read by two workers of each rank, one bad sample among them."""
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    for number in range(40):
+        (data / "images" / f"{number}.png").write_bytes(picture(6 * number))
+        (data / "images" / f"{number}.txt").write_text(f"grey number {number}")
+    lines = [json.dumps({"text": f"a line of text, number {n}. " * 8}) for n in range(200)]
+    (data / "texts.jsonl").write_text("\n".join([*lines, "{broken"]))
+    members = [(f"{n}.{end}", content) for n in range(60) for end, content in
+               (("png", picture(4 * n)), ("txt", f"shade {n}".encode()))]  # fmt: skip
+    (data / "pairs.tar").write_bytes(make_tar(members))
+    sources = [
+        {"name": "texts", "kind": "jsonl", "path": str(data), "weight": 0.5},
+        {"name": "images", "kind": "folder", "path": str(data / "images"), "weight": 0.3},
+        {"name": "pairs", "kind": "webdataset", "path": str(data / "*.tar"), "weight": 0.2},
+    ]
+    options = (
+        "--multimodal.source=mixture",
+        f"--multimodal.sources={json.dumps(sources)}",
+        "--multimodal.condition_dropout=0.1",
+        "--training.dataloader.num_workers=2",
+    )
+    whole = Run(tmp_path / "whole", "--checkpoint.no_enable", *options)
+    whole.finish()
+    expected = whole.losses()
+    for moment in ("in save 4", "after 5", "the end"):
+        finished = max(complete_steps(tmp_path / "killed"), default=0)
+        run = Run(tmp_path / "killed", *options)
+        if moment == "the end":
+            run.finish()
+        else:
+            wait_for(moment, run, random.Random(moment))
+            run.kill(1)
+        assert run.started_at() == finished + 1
+        assert run.losses() == {step: expected[step] for step in run.losses()}
+    assert max(run.losses()) == STEPS
