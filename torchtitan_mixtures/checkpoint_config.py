@@ -6,7 +6,8 @@ checkpoint folder of this project also holds a `config.json`:
     {"format": 1, "family": "mot", "flavor": "debugmodel",
      "model_args": {...}, "vocab_ranges": {"text": [0, 2048], ...},
      "parameters": {"tok_embeddings.weight": [3072, 256], ...}, "data_parallel_ranks": 1,
-     "data_shards": 48, "weights_only": false, "job_config": {...}}
+     "data_shards": 48, "weights_only": false, "tokenizers": {"text_tokenizer": "<sha256>", ...},
+     "job_config": {...}}
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
+from torchtitan_mixtures.data.codecs import tokenizer_fingerprints
 from torchtitan_mixtures.data.shards import START_AFRESH, check_fingerprint, count_shards
 from torchtitan_mixtures.job_config import MixtureJobConfig
 
@@ -65,9 +67,11 @@ def write(
     # Families without a vocabulary of tokens have none to record.
     names = getattr(model_args, "modality_names", [])
     ranges = getattr(model_args, "vocab_ranges", [])
-    num_shards = None
+    num_shards, tokenizers = None, {}
     if _has_token_data(model_args):
         num_shards = count_shards(job_config, data_parallel_ranks)
+        data = job_config.multimodal  # pyrefly: ignore [missing-attribute]
+        tokenizers = tokenizer_fingerprints(data, names)
     content = {
         "format": FORMAT,
         "family": family,
@@ -78,6 +82,7 @@ def write(
         "data_parallel_ranks": data_parallel_ranks,
         "data_shards": num_shards,
         "weights_only": weights_only,
+        "tokenizers": tokenizers,
         "job_config": job_config.to_dict(),
     }
     target = Path(folder) / FILE_NAME

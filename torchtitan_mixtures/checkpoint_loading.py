@@ -25,7 +25,7 @@ from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_mixtures import checkpoint_config, expert_files
-from torchtitan_mixtures.data.codecs import Codecs, build_codecs
+from torchtitan_mixtures.data.codecs import Codecs, build_codecs, tokenizer_fingerprints
 from torchtitan_mixtures.ema import STATE
 from torchtitan_mixtures.job_config import JobConfig, MixtureJobConfig
 from torchtitan_mixtures.models import FAMILIES
@@ -149,6 +149,13 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> L
             f"{path}: its vocabulary ranges are {ranges}, but the tokenizers of its "
             f"[multimodal] section now give {modalities.vocab_ranges}; restore the tokenizer files."
         )
+    current = tokenizer_fingerprints(job_config.multimodal, modalities.names)
+    for key, content in saved.get("tokenizers", {}).items():
+        if content != current.get(key):
+            raise ValueError(
+                f"{path}: multimodal.{key} = {getattr(job_config.multimodal, key)!r} is not what "
+                "the model was trained with: its content has changed. Restore the file."
+            )
     return LoadedCheckpoint(**vars(load_model(path, device)), codecs=codecs)
 
 

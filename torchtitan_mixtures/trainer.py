@@ -109,15 +109,15 @@ class MixtureTrainer(Trainer):
         """
         # A step in which nothing is to be predicted has no loss and no gradient, instead of 0 / 0.
         count = cast(Any, global_valid_tokens)  # the host sums it to a number over several ranks
-        global_valid_tokens = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        count = cast(Any, count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         if not self.parallel_dims.pp_enabled:
             return super().forward_backward_step(
-                input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
+                input_dict=input_dict, labels=labels, global_valid_tokens=count
             )
         inputs, targets, _, kwargs = self.post_dataloading_process(input_dict, labels)
         with self.train_context():
             pipeline = cast(Pipeline, self.pp_schedule)
-            return pipeline.step(inputs, kwargs, targets, global_valid_tokens)
+            return pipeline.step(inputs, kwargs, targets, count)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Take one optimiser step; losses per modality are those of this step."""

@@ -73,6 +73,10 @@ def edit_config(folder, **changes):
         (lambda f: edit_config(f, model_args={"dims": 3}), "does not fit this version.*dims"),
         (lambda f: edit_config(f, job_config={"jobs": {}}), "does not fit this version"),
         (
+            lambda f: edit_config(f, tokenizers={"image_tokenizer": "another"}),
+            "multimodal.image_tokenizer = 'emoji_32px' is not what the model was trained with",
+        ),
+        (
             lambda f: edit_config(f, vocab_ranges={"text": [0, 2048], "image": [2048, 9999]}),
             "vocabulary ranges are .*9999.*restore",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, Value
+from safetensors.numpy import load_file, save_file
 
 from tests.jobs import TRAIN_CONFIGS, debug_job
 from tests.unit.data.file_fakes import make_tar, picture
@@ -24,6 +26,7 @@ from torchtitan_mixtures.data.loader import (
 )
 from torchtitan_mixtures.data.tokenize_job import job_recipe
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
+from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
 
 SAMPLES = 60
 WORDS = ("a red fox", "two bells", "an apple on a table", "the moon over a hill", "keys")
@@ -239,3 +242,20 @@ def test_another_mixture_does_not_resume(entries):
         build(changed).load_state_dict(state)
     with pytest.raises(ValueError, match=r"names of multimodal\.sources is \['folder', 'jsonl'\]"):
         build([entries["folder"], entries["jsonl"]]).load_state_dict(state)
+
+
+def test_tokenizers_are_known_by_what_they_hold(entries, tmp_path):
+    """A codebook that has moved is the same, another in its place is not."""
+    embedded = build_image_tokenizer("emoji_32px").path
+    first, second, changed = (tmp_path / f"{name}.safetensors" for name in "abc")
+    shutil.copy(embedded, first)
+    shutil.copy(embedded, second)
+    tensors = load_file(embedded)
+    save_file(tensors | {"centres": tensors["centres"][::-1].copy()}, changed)
+    loader = build([entries["folder"]], f"--multimodal.image_tokenizer={first}")
+    rows(loader, 2)
+    state = loader.state_dict()
+    build([entries["folder"]], f"--multimodal.image_tokenizer={second}").load_state_dict(state)
+    shutil.copy(changed, first)
+    with pytest.raises(ValueError, match=r"content of multimodal\.image_tokenizer is '"):
+        build([entries["folder"]], f"--multimodal.image_tokenizer={first}").load_state_dict(state)
