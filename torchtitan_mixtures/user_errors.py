@@ -7,6 +7,7 @@ fault that nobody foresaw and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
+
+_CAUGHT = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal ")
+_TRACEBACK = "Traceback (most recent call last):\n"
+_FRAMES = re.compile(r"(?:  .*\n)+")  # their lines are indented, what follows them is not
+_FILE = re.compile(r'^  File "(.*)", line \d+', re.MULTILINE)
 
 
 @contextmanager
@@ -38,8 +44,7 @@ def is_ours(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    package = Path(__file__).parent
-    return frame is not None and package in Path(frame.tb_frame.f_code.co_filename).parents
+    return frame is not None and _is_in_package(frame.tb_frame.f_code.co_filename)
 
 
 def user_error(error: BaseException) -> str | None:
@@ -50,4 +55,24 @@ def user_error(error: BaseException) -> str | None:
         return user_error(causes[0]) if causes else None
     if isinstance(error, ValueError) and is_ours(error):
         return str(error)
+    if isinstance(error, ValueError) and _CAUGHT.match(str(error)):
+        return _worker_message(str(error))
     return None
+
+
+def _worker_message(described: str) -> str | None:
+    """What a worker of a `DataLoader` raised, without its traceback, if it was ours.
+
+    Args:
+        described: What PyTorch makes of it in this process.
+    """
+    last = described.rpartition(_TRACEBACK)[2]  # those of its causes come first
+    frames = _FRAMES.match(last)
+    files = _FILE.findall(frames[0]) if frames else []
+    if frames is None or not files or not _is_in_package(files[-1]):
+        return None
+    return last[frames.end() :].partition(": ")[2].rstrip("\n")
+
+
+def _is_in_package(file: str) -> bool:
+    return Path(__file__).parent in Path(file).parents

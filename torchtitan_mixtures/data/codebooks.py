@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,43 @@ def find_codebook(
     if name in embedded:
         check_embedded_files()
     elif not path.is_file():
-        raise ValueError(
-            f"multimodal.{key} = {name!r} is unknown; use {' or '.join(embedded)}, or {others}"
-        )
+        raise unknown_tokenizer(key, name, embedded, others)
     return path
+
+
+def unknown_tokenizer(key: str, name: str, known: Collection[str], others: str) -> ValueError:
+    """What to raise if a key names no tokenizer.
+
+    Args:
+        key: Of `[multimodal]`.
+        name: What it says: no known name, and the path of nothing.
+        known: Names of the embedded tokenizers.
+        others: What else the key may say.
+    """
+    where = "" if Path(name).is_absolute() else f" seen from the current folder {Path.cwd()}"
+    return ValueError(
+        f"multimodal.{key} = {name!r} is unknown; use {' or '.join(known)}, or {others}. There is "
+        f"no such file{where}."
+    )
+
+
+@contextmanager
+def naming_key(key: str, name: str) -> Iterator[None]:
+    """Let errors of building a tokenizer begin with the key that names it.
+
+    Args:
+        key: Of `[multimodal]`.
+        name: What it says.
+
+    Raises:
+        ValueError: What is raised inside; as it is if it says the key already.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(f"multimodal.{key}"):
+            raise
+        raise ValueError(f"multimodal.{key} = {name!r}: {error}") from error
 
 
 @functools.cache

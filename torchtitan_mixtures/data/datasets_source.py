@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets.distributed import split_dataset_by_node
 
-from torchtitan_mixtures.data.opening import keep_columns, open_split
+from torchtitan_mixtures.data.opening import Naming, keep_columns, local_files, open_split
 from torchtitan_mixtures.data.samples import SampleJudge, SampleReader
+from torchtitan_mixtures.data.source_files import hash_of
 from torchtitan_mixtures.data.sources import (
     Document,
     IndexedShard,
@@ -28,10 +30,8 @@ if TYPE_CHECKING:
 SHUFFLE_BLOCK = 1024
 """Samples of a stream that are shuffled together; still undecoded while they wait."""
 
-_IDENTITY = (
-    *("source", "path", "name", "data_files", "streaming", "seed"),
-    *("image_column", "caption_column"),
-)  # keys on which the documents and their order depend
+_IDENTITY = ("name", "streaming", "image_column", "caption_column")
+"""Keys on which the documents and their order depend, beside those that say where the data are."""
 
 # `datasets` warns that its shuffle buffer is lost on resume. Ours holds one sample, already used.
 logging.getLogger("datasets.iterable_dataset").addFilter(
@@ -48,6 +48,7 @@ class MappedSource(IndexedSource):
         split: Name of the split.
         image_size: Size that images are brought to.
         is_endless: See `Source`.
+        naming: Of the keys that say what the data are.
     """
 
     def __init__(
@@ -57,11 +58,14 @@ class MappedSource(IndexedSource):
         split: str,
         image_size: int,
         is_endless: bool,
+        naming: Naming,
     ) -> None:
         super().__init__(len(data), config.seed, is_endless)
         self._data = data
-        self._reading = config, split, image_size, PairOrder.of(config, is_endless)
-        self._identity = _identity(config, split)
+        order = PairOrder.of(config, is_endless)
+        self._reading = config, split, image_size, order, naming
+        self._identity = _identity(config, split, naming)
+        self._samples_key = _counted("samples in the split", naming)
 
     def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
         """See `Source.shards`."""
@@ -73,7 +77,7 @@ class MappedSource(IndexedSource):
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source.fingerprint`."""
-        return {**self._identity, "samples in the split": self.num_documents}
+        return {**self._identity, self._samples_key: self.num_documents}
 
 
 class MappedShard(IndexedShard):
@@ -126,6 +130,7 @@ class StreamedSource:
         split: Name of the split.
         image_size: Size that images are brought to.
         is_endless: See `Source`.
+        naming: Of the keys that say what the data are.
     """
 
     def __init__(
@@ -135,13 +140,17 @@ class StreamedSource:
         split: str,
         image_size: int,
         is_endless: bool,
+        naming: Naming,
     ) -> None:
         self.is_endless = is_endless
         self.max_epochs = 0
         self.seed = config.seed
         self._data = data
-        self._reading = config, split, image_size, PairOrder.of(config, is_endless)
-        self._identity = _identity(config, split)
+        order = PairOrder.of(config, is_endless)
+        self._reading = config, split, image_size, order, naming
+        self._identity = _identity(config, split, naming)
+        self._files_key = _counted("files (shards) of the split", naming)
+        self.naming, self.path = naming, config.path  # for messages
 
     def shards(self, indices: Sequence[int], count: int) -> list[StreamedShard]:
         """See `Source.shards`."""
@@ -153,7 +162,7 @@ class StreamedSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source.fingerprint`."""
-        return {**self._identity, "files (shards) of the split": self._data.num_shards}
+        return {**self._identity, self._files_key: self._data.num_shards}
 
     def epoch_data(self, epoch: int, index: int, count: int) -> datasets.IterableDataset:
         """What one shard reads in an epoch."""
@@ -256,34 +265,66 @@ class StreamedShard:
 
     def _require_samples(self) -> None:
         if self._block == 0:
-            path = self._source.fingerprint()["multimodal.path"]
             raise ValueError(
-                f"multimodal.streaming: shard {self._index} of {self._count} of {path!r} has no "
-                "samples; use fewer multimodal.shards (0 makes as many as data-parallel ranks "
-                "times training.dataloader.num_workers), or more data."
+                f"{self._source.naming.key('streaming')}: shard {self._index} of {self._count} of "
+                f"{self._source.path!r} has no samples; use fewer multimodal.shards (0 makes as "
+                "many as data-parallel ranks times training.dataloader.num_workers), or more data."
             )
 
 
 def build_datasets_source(
-    config: Multimodal, split: str, image_size: int, is_endless: bool
+    config: Multimodal,
+    split: str,
+    image_size: int,
+    is_endless: bool,
+    naming: Naming | None = None,
 ) -> Source:
-    """Open `multimodal.path` and build the source that reads it; see `build_source`."""
-    data = keep_columns(open_split(config, split, is_endless), config)
+    """Open what `path` names and build the source that reads it; see `build_source`.
+
+    Args:
+        config: The `[multimodal]` section, or what it would be for an entry of a mixture alone.
+        split: Which split to read.
+        image_size: Size that images are brought to.
+        is_endless: See `Source`.
+        naming: Of the keys; None: they are those of `[multimodal]`.
+
+    Raises:
+        ValueError: There is no such path, split or column, or no sample; names the key.
+    """
+    naming = naming or Naming()
+    data = keep_columns(open_split(config, split, is_endless, naming), config, naming)
     if isinstance(data, datasets.IterableDataset):
-        return StreamedSource(data, config, split, image_size, is_endless)
+        return StreamedSource(data, config, split, image_size, is_endless, naming)
     if not len(data):
-        raise ValueError(f'multimodal.path = "{config.path}": split "{split}" has no samples.')
-    return MappedSource(data, config, split, image_size, is_endless)
+        raise ValueError(f'{naming.key("path")} = "{config.path}": split "{split}" has no samples.')
+    return MappedSource(data, config, split, image_size, is_endless, naming)
 
 
 def _readers(
-    count: int, config: Multimodal, split: str, image_size: int, order: PairOrder
+    count: int, config: Multimodal, split: str, image_size: int, order: PairOrder, naming: Naming
 ) -> list[SampleReader]:
     """Readers of all shards of one process, which are judged together."""
-    judge = SampleJudge(config.max_bad_fraction, f'split "{split}"')
+    judge = SampleJudge(config.max_bad_fraction, naming.samples(split))
     return [SampleReader(config, split, image_size, order, judge) for _ in range(count)]
 
 
-def _identity(config: Multimodal, split: str) -> dict[str, Any]:
-    values = {f"multimodal.{key}": getattr(config, key) for key in _IDENTITY}
-    return {**values, "multimodal.train_split": split}
+def _identity(config: Multimodal, split: str, naming: Naming) -> dict[str, Any]:
+    keys = (*_IDENTITY, *(() if naming.entry else ("source", "path", "data_files")))
+    values = {naming.key(key): getattr(config, key) for key in keys}
+    values |= {"multimodal.seed": config.seed, naming.key("train_split"): split}
+    return values | _location(config, naming) if naming.entry else values
+
+
+def _location(config: Multimodal, naming: Naming) -> dict[str, Any]:
+    """What data an entry names, which may move if they are files on this machine."""
+    values: dict[str, Any] = {naming.key("kind"): "datasets"}
+    if not Path(config.path).exists():  # a format, or a name that holds everywhere
+        values[naming.key("path")] = config.path
+    if (files := local_files(config)) is None:
+        return values | {naming.key("data_files"): config.data_files}
+    hashed = hash_of([f"{name}\0{size}" for name, size in files])
+    return values | {f"{naming.key('path')}: hash of the files": hashed}
+
+
+def _counted(what: str, naming: Naming) -> str:
+    return f"{naming.key('path')}: {what}" if naming.entry else what

@@ -187,23 +187,7 @@ def build_entry(
 
         return build_shards_source(entry, config, tokenizers.fingerprints(), order, is_endless)
     if entry.kind in ("emoji", "datasets"):
-        own = dataclasses.replace(
-            config,
-            source=entry.kind,
-            sources=[],
-            validation_sources=[],
-            path=entry.path,
-            name=entry.subset,
-            data_files=list(entry.data_files),
-            streaming=entry.streaming,
-            image_column=entry.image_column,
-            caption_column=entry.caption_column,
-        )
-        split = entry.split or "train"
-        try:
-            source = build_source(own, split, tokenizers, is_endless, modality_names)
-        except ValueError as error:
-            raise ValueError(f"multimodal.sources[{entry.name}]: {error}") from error
+        source = _build_own(entry, config, tokenizers, is_endless, modality_names)
         source.max_epochs = entry.max_epochs
         return source
     from torchtitan_mixtures.data.file_sources import build_file_source
@@ -212,3 +196,36 @@ def build_entry(
     rate = tokenizers.speech.sample_rate if tokenizers.speech else None
     media = MediaReader(tokenizers.image.image_size, rate)
     return build_file_source(entry, config, media, order, is_endless)
+
+
+def _build_own(
+    entry: SourceEntry,
+    config: Multimodal,
+    tokenizers: SourceTokenizers,
+    is_endless: bool,
+    modality_names: Sequence[str],
+) -> Source:
+    """Open an entry that is read as `multimodal.source` would be, from a section of its own."""
+    own = dataclasses.replace(
+        config,
+        source="emoji" if entry.kind == "emoji" else "datasets",
+        sources=[],
+        validation_sources=[],
+        path=entry.path,
+        name=entry.subset,
+        data_files=list(entry.data_files),
+        streaming=entry.streaming,
+        image_column=entry.image_column,
+        caption_column=entry.caption_column,
+    )
+    split = entry.split or "train"
+    if entry.kind == "datasets":
+        from torchtitan_mixtures.data.datasets_source import build_datasets_source
+        from torchtitan_mixtures.data.opening import Naming
+
+        image_size = tokenizers.image.image_size
+        return build_datasets_source(own, split, image_size, is_endless, Naming(entry.name))
+    try:
+        return EmojiSource(own, split, tokenizers.image, is_endless, modality_names)
+    except ValueError as error:
+        raise ValueError(f"multimodal.sources[{entry.name}]: {error}") from error

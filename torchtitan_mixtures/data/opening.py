@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import datasets
+
+from torchtitan_mixtures.data.source_files import walk
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
@@ -23,13 +28,41 @@ FORMAT_OF_SUFFIX = {
 """For a `multimodal.path` that is one file: the format in which `datasets` reads it."""
 
 
-def open_split(config: Multimodal, split: str, is_training: bool) -> AnyDataset:
+_KEYS_OF_ENTRIES = {"name": "subset", "train_split": "split", "validation_splits": "split"}
+"""Keys of `[multimodal]` that are called otherwise in an entry of a mixture."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the keys are called that say what a data set is.
+
+    Attributes:
+        entry: Name of the entry of a mixture; empty: the keys are those of `[multimodal]`.
+    """
+
+    entry: str = ""
+
+    def key(self, key: str) -> str:
+        """The whole name of a key that is called so in `[multimodal]`."""
+        if not self.entry:
+            return f"multimodal.{key}"
+        return f"multimodal.sources[{self.entry}].{_KEYS_OF_ENTRIES.get(key, key)}"
+
+    def samples(self, split: str) -> str:
+        """What the samples of a split are called as a whole."""
+        return f'source "{self.entry}"' if self.entry else f'split "{split}"'
+
+
+def open_split(
+    config: Multimodal, split: str, is_training: bool, naming: Naming | None = None
+) -> AnyDataset:
     """Open one split of what `multimodal.path` names.
 
     Args:
         config: The `[multimodal]` section.
         split: Name of the split; unless streaming also a slice such as `train[:90%]`.
         is_training: Which key named the split, for the message.
+        naming: Of the keys, for the message. None: they are those of `[multimodal]`.
 
     Returns:
         The split with all its columns; a folder written by `save_to_disk` is memory-mapped whatever
@@ -38,16 +71,19 @@ def open_split(config: Multimodal, split: str, is_training: bool) -> AnyDataset:
     Raises:
         ValueError: There is no such path or split.
     """
-    key = "multimodal.train_split" if is_training else "multimodal.validation_splits"
+    naming = naming or Naming()
+    key = naming.key("train_split" if is_training else "validation_splits")
+    path_key, files_key = naming.key("path"), naming.key("data_files")
     if not config.path:
+        kind = naming.key("kind" if naming.entry else "source")
         raise ValueError(
-            'multimodal.path is empty: with multimodal.source = "datasets" it must be a hub name, '
-            "a local folder or file, or a format whose files multimodal.data_files lists."
+            f'{path_key} is empty: with {kind} = "datasets" it must be a hub name, a local folder '
+            f"or file, or a format whose files {files_key} lists."
         )
     path = Path(config.path)
     if config.path.startswith((".", "/", "~")) and not path.exists():
         # `datasets` would ask the hub, for minutes if there is no network.
-        raise ValueError(f'multimodal.path = "{config.path}": there is no such file or folder.')
+        raise ValueError(f'{path_key} = "{config.path}": there is no such file or folder.')
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(config.path, split, key)
     builder, data_files = config.path, config.data_files or None
@@ -55,9 +91,9 @@ def open_split(config: Multimodal, split: str, is_training: bool) -> AnyDataset:
         builder, data_files = FORMAT_OF_SUFFIX.get(path.suffix, ""), [config.path]
         if not builder:
             raise ValueError(
-                f'multimodal.path = "{config.path}": cannot tell the format of a {path.suffix} '
+                f'{path_key} = "{config.path}": cannot tell the format of a {path.suffix} '
                 f"file; known are {', '.join(FORMAT_OF_SUFFIX)}. For others set path to the name "
-                "of the format and list the file in multimodal.data_files."
+                f"of the format and list the file in {files_key}."
             )
     try:
         return datasets.load_dataset(
@@ -71,13 +107,19 @@ def open_split(config: Multimodal, split: str, is_training: bool) -> AnyDataset:
         # `datasets` says what is wrong (it lists the splits, the configurations) but not where the
         # value came from.
         raise ValueError(
-            f'Cannot open split "{split}" ({key}) of multimodal.path = "{config.path}", '
-            f'name = "{config.name}", data_files = {config.data_files}: {error.__cause__ or error}'
+            f'Cannot open split "{split}" ({key}) of {path_key} = "{config.path}", '
+            f'{naming.key("name")} = "{config.name}", data_files = {config.data_files}: '
+            f"{error.__cause__ or error}"
         ) from error
 
 
-def keep_columns(data: AnyDataset, config: Multimodal) -> AnyDataset:
+def keep_columns(data: AnyDataset, config: Multimodal, naming: Naming) -> AnyDataset:
     """Leave only the columns that are read, with images as bytes and paths, not decoded.
+
+    Args:
+        data: What `open_split` gave.
+        config: The `[multimodal]` section.
+        naming: Of the keys, for the message.
 
     Raises:
         ValueError: A column is missing; names the key and the columns present.
@@ -86,8 +128,8 @@ def keep_columns(data: AnyDataset, config: Multimodal) -> AnyDataset:
     if names is None:  # a stream whose columns are known only by reading it
         names = list(next(iter(data), {}))
     wanted = {
-        "multimodal.image_column": config.image_column,
-        "multimodal.caption_column": config.caption_column,
+        naming.key("image_column"): config.image_column,
+        naming.key("caption_column"): config.caption_column,
     }
     for key, column in wanted.items():
         if column not in names:
@@ -112,3 +154,41 @@ def _open_saved(path: str, split: str, key: str) -> datasets.Dataset:
             f'{key}: "{path}" has no split "{split}"; its splits are {", ".join(map(str, saved))}.'
         )
     return saved[split]
+
+
+def local_files(config: Multimodal) -> list[tuple[str, int]] | None:
+    """Look up the files on this machine that a data set is read from.
+
+    Args:
+        config: The `[multimodal]` section.
+
+    Returns:
+        Of each its name, which moves with the data, and its size in bytes, sorted; without what
+        `datasets` puts beside them to find its results again. None: it is elsewhere, or unknown.
+    """
+    named = Path(config.path)
+    if config.data_files:
+        base = named if named.is_dir() else Path()
+        if any("://" in pattern for pattern in config.data_files):
+            return None
+        matches = {
+            base / match
+            for pattern in config.data_files
+            for match in glob.glob(pattern, root_dir=base, recursive=True)
+            if (base / match).is_file()
+        }
+        if not matches:
+            return None
+        root = Path(os.path.commonpath([match.parent for match in matches]))
+        found = [(match.relative_to(root), match) for match in matches]
+    elif named.is_file():
+        found = [(Path(named.name), named)]
+    elif named.is_dir():
+        found = [(path.relative_to(named), path) for path in walk(named)]
+    else:
+        return None
+    return sorted(
+        (name.as_posix(), path.stat().st_size)
+        for name, path in found
+        if not name.name.startswith("cache-")
+    )

@@ -22,6 +22,7 @@ from torchtitan_mixtures.data.codebooks import (
     check_codes,
     codebook_fingerprint,
     find_codebook,
+    naming_key,
     nearest_centres,
     read_codebook,
 )
@@ -141,9 +142,11 @@ def build_speech_tokenizer(name: str) -> SpeechTokenizer:
     """The speech tokenizer of a name in `SPEECH_TOKENIZERS`, or of a codebook file.
 
     Raises:
-        ValueError: `name` is neither, or the file is not a codebook.
+        ValueError: `name` is neither, or the file is not a codebook; names the key.
     """
-    return LogMelCodebook(find_codebook("speech_tokenizer", name, SPEECH_TOKENIZERS))
+    key = "speech_tokenizer"
+    with naming_key(key, name):
+        return LogMelCodebook(find_codebook(key, name, SPEECH_TOKENIZERS))
 
 
 def _read_stretches(path: Path) -> tuple[NDArray[np.uint8], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 from torchtitan_mixtures.data.blocks import BlockSource
 from torchtitan_mixtures.data.mixture import SourceTokenizers
 from torchtitan_mixtures.data.segment_encoder import SegmentEncoder
+from torchtitan_mixtures.data.source_files import FileSource
 from torchtitan_mixtures.data.sources import Document, IndexedSource, Segment, Shard, Source
 from torchtitan_mixtures.data.tokenized_writing import (
     FinishedPart,
@@ -196,6 +198,32 @@ def open_part(source: Source, part: int, count: int) -> Shard:
     nobody reads keeps a part from being judged by itself then: it may be small, or empty.
     """
     return source.shards((part, part), count)[0]
+
+
+def files_state(source: Source) -> str | None:
+    """A hash of when the files of a source were last changed, and of how large they are.
+
+    Training does not compare it: data may be copied between two runs, which makes all files new. A
+    folder of images has no state unless `metadata.jsonl` lists them: to ask for the times of
+    millions of files would take minutes.
+
+    Args:
+        source: Opened.
+
+    Returns:
+        None: It is read from no files, or from too many.
+
+    Raises:
+        OSError: A file is gone.
+    """
+    if not isinstance(source, FileSource):
+        return None
+    digest = hashlib.sha256()
+    for file in source.files:
+        status = file.path.stat()
+        name = file.name.encode("utf-8", "surrogateescape")  # may be any bytes
+        digest.update(b"%s\0%d %d\n" % (name, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
 
 
 def count_parts(opened: Tokenizable, shard_tokens: int) -> int:

@@ -30,6 +30,7 @@ from torchtitan_mixtures.data.tokenize_parts import (
     Tally,
     Tokenizable,
     count_parts,
+    files_state,
     make_in_worker,
     start_worker,
 )
@@ -147,6 +148,7 @@ def _begin(opened: Tokenizable, tokenizing: Tokenizing) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "shard_tokens": tokenizing.shard_tokens,
         "source": {**opened.settings},
+        "files": files_state(opened.source),
         "tokenizers": {
             name: {
                 "tokenizer": opened.tokenizer_names[name],
@@ -170,12 +172,23 @@ def _begin(opened: Tokenizable, tokenizing: Tokenizing) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read; delete the folder, or name another.") from None
     wanted["parts"] = tokenizing.parts or parts
     found["parts"] = parts
+    _require_same_files(tokenizing.out, found, wanted)
     if (difference := _difference("", found, wanted)) is not None:
         raise ValueError(
             f"--out {tokenizing.out}: was begun with {difference}. Name a new folder, or put it "
             "back."
         )
     return found
+
+
+def _require_same_files(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError if the same source has files that were written since."""
+    if found.get("source") == wanted["source"] and found.get("files") != wanted["files"]:
+        raise ValueError(
+            f"--out {out}: the data have changed since it was begun: a file of the source has "
+            "another time of modification or size. Files of shards would hold the old and the new "
+            "data; name a new folder, or delete this one."
+        )
 
 
 def _difference(key: str, found: Any, wanted: Any) -> str | None:

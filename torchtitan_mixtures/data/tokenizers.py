@@ -20,9 +20,11 @@ from torchtitan_mixtures.data.codebooks import (
     check_embedded_files,
     codebook_fingerprint,
     find_codebook,
+    naming_key,
     nearest_centres,
     read_codebook,
     split_patches,
+    unknown_tokenizer,
 )
 from torchtitan_mixtures.data.emoji import EMBEDDED_FOLDER
 from torchtitan_mixtures.data.tokenizer_files import (
@@ -133,15 +135,17 @@ def build_image_tokenizer(name: str) -> ImageTokenizer:
     """The image tokenizer of a name in `IMAGE_TOKENIZERS`, a codebook file or a VQ model's folder.
 
     Raises:
-        ValueError: `name` is none of them, or what it names cannot be used.
+        ValueError: `name` is none of them, or what it names cannot be used; names the key.
     """
-    if name not in IMAGE_TOKENIZERS and Path(name).expanduser().is_dir():
-        # Imported late: most runs have a codebook.
-        from torchtitan_mixtures.data.vq_tokenizer import VQTokenizer
+    key = "image_tokenizer"
+    with naming_key(key, name):
+        if name not in IMAGE_TOKENIZERS and Path(name).expanduser().is_dir():
+            # Imported late: most runs have a codebook.
+            from torchtitan_mixtures.data.vq_tokenizer import VQTokenizer
 
-        return VQTokenizer(name)
-    others = "the path of a codebook file, or a folder with the config.json of a VQ model"
-    return PatchCodebook(find_codebook("image_tokenizer", name, IMAGE_TOKENIZERS, others))
+            return VQTokenizer(name)
+        others = "the path of a codebook file, or a folder with the config.json of a VQ model"
+        return PatchCodebook(find_codebook(key, name, IMAGE_TOKENIZERS, others))
 
 
 def _read_patches(path: Path) -> tuple[NDArray[np.uint8], int]:
@@ -300,17 +304,16 @@ def build_text_tokenizer(name: str) -> TextTokenizer:
     """The text tokenizer called "emoji", or that of a `tokenizer.json` file or its folder.
 
     Raises:
-        ValueError: `name` is neither, or the file is not a tokenizer.
+        ValueError: `name` is neither, or the file is not a tokenizer; names the key.
     """
-    path = TEXT_TOKENIZERS.get(name, Path(name))
-    if name in TEXT_TOKENIZERS:
-        check_embedded_files()
-    elif not path.exists():
-        raise ValueError(
-            f"multimodal.text_tokenizer = {name!r} is unknown; use {' or '.join(TEXT_TOKENIZERS)}, "
-            "or the path of a tokenizer.json or its folder"
-        )
-    return TextTokenizer(path)
+    key, path = "text_tokenizer", TEXT_TOKENIZERS.get(name, Path(name))
+    with naming_key(key, name):
+        if name in TEXT_TOKENIZERS:
+            check_embedded_files()
+        elif not path.exists():
+            others = "the path of a tokenizer.json or its folder"
+            raise unknown_tokenizer(key, name, TEXT_TOKENIZERS, others)
+        return TextTokenizer(path)
 
 
 def find_sentinels(tokens: Mapping[str, int], first_free: int) -> tuple[Sentinels, dict[int, str]]:

@@ -312,7 +312,7 @@ def _load(folder: Path, family: _Family) -> Any:
         model_class = getattr(importlib.import_module(family.library), family.class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f'VQ model "{folder}" needs {family.library} ({error}): '
+            f'multimodal.image_tokenizer = "{folder}": needs {family.library} ({error}): '
             f'pip install "torchtitan_mixtures[{family.extra}]"'
         ) from None
     try:
@@ -325,10 +325,14 @@ def _load(folder: Path, family: _Family) -> Any:
                 **family.options,
             )
     except _LOAD_ERRORS as error:
-        raise ValueError(f'VQ model "{folder}" cannot be loaded ({error}); {_REMEDY}') from error
+        raise ValueError(
+            f'multimodal.image_tokenizer = "{folder}": cannot be loaded ({error}); {_REMEDY}'
+        ) from error
     wrong = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
     if wrong:  # they would be left at random
-        raise ValueError(f'VQ model "{folder}": its weights lack {wrong[0]}; {_REMEDY}')
+        raise ValueError(
+            f'multimodal.image_tokenizer = "{folder}": its weights lack {wrong[0]}; {_REMEDY}'
+        )
     return model.requires_grad_(False).eval()
 
 

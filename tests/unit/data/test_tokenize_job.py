@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import pytest
 
 from torchtitan_mixtures.data.mixture import SourceTokenizers, build_ingredients
 from torchtitan_mixtures.data.tokenize_job import job_recipe, open_job_source
+from torchtitan_mixtures.data.tokenize_parts import files_state
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
+from torchtitan_mixtures.data.tokenized_shards import MANIFEST, PLAN
 from torchtitan_mixtures.multimodal_config import Multimodal
 
 JOB = """
@@ -113,3 +118,76 @@ def test_training_reads_what_the_source_would_have_given(tmp_path: Path) -> None
     tokenizers = SourceTokenizers(text, opened.tokenizers.image, None)
     mine, _ = build_ingredients(config, "train", tokenizers, is_endless=True)
     assert Counter(map(content, mine.source.shards([0], 1)[0])) == expected
+
+
+LINES = """
+source = "mixture"
+[[multimodal.sources]]
+name = "mine"
+kind = "jsonl"
+path = "{path}"
+"""
+
+
+def begin(folder: Path, path: Path) -> Any:
+    """Tokenise the source, and say what a plan says of its files."""
+    recipe = job_recipe(arguments(folder, LINES.format(path=path)), "mine", 1)
+    tokenize(recipe, Tokenizing(out=folder / "out", parts=2), lambda line: None)
+    return json.loads((folder / "out" / PLAN).read_text())["files"]
+
+
+def write_lines(path: Path, word: str) -> None:
+    path.write_text("".join(f'{{"segments": [{{"text": "{word} {n}"}}]}}\n' for n in range(9)))
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_folder_begun_with_other_data_of_the_same_size_is_refused(
+    tmp_path: Path, is_complete: bool
+) -> None:
+    data = tmp_path / "data.jsonl"
+    write_lines(data, "red")
+    status = data.stat()
+    before = begin(tmp_path, data)
+    shard = tmp_path / "out" / "shard-000001.safetensors"
+    if not is_complete:
+        shard.unlink()
+        (tmp_path / "out" / MANIFEST).unlink()
+    assert begin(tmp_path, data) == before
+    if not is_complete:
+        shard.unlink()
+        (tmp_path / "out" / MANIFEST).unlink()
+    write_lines(data, "dim")
+    assert data.stat().st_size == status.st_size
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"--out .*: the data have changed since"):
+        begin(tmp_path, data)
+    assert shard.exists() == is_complete
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # the time alone is what tells
+    assert begin(tmp_path, data) == before
+
+
+def test_data_may_move_with_their_times_before_a_folder_is_done(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    write_lines(tmp_path / "a" / "data.jsonl", "red")
+    before = begin(tmp_path, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # keeps times
+    assert begin(tmp_path, tmp_path / "b") == before
+
+
+def test_the_state_of_files_is_no_part_of_what_training_compares(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", "red")
+    job = arguments(tmp_path, LINES.format(path=tmp_path / "data.jsonl"))
+    sources = []
+    for later in (0, 1):
+        os.utime(tmp_path / "data.jsonl", ns=(0, 10**18 + later))
+        sources.append(open_job_source(job, "mine", 1).source)
+    first, second = sources
+    assert first.fingerprint() == second.fingerprint()
+    os.utime(tmp_path / "data.jsonl", ns=(0, 10**18))
+    state = files_state(first)
+    os.utime(tmp_path / "data.jsonl", ns=(0, 10**18 + 1))
+    assert state and state != files_state(first) == files_state(second)
+
+
+def test_a_source_without_files_has_no_state_of_them(tmp_path: Path) -> None:
+    assert files_state(open_job_source(arguments(tmp_path, ""), "", 1).source) is None

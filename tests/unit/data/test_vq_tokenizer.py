@@ -327,7 +327,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 def test_broken_weights_are_refused(tmp_path, images, name: str):
     (weights,) = SAVERS[name](tmp_path).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match=r'^multimodal\.image_tokenizer = ".*": cannot be loaded'):
         VQTokenizer(tmp_path).encode(images)
 
 
@@ -342,7 +342,9 @@ def test_broken_weights_are_refused(tmp_path, images, name: str):
 )
 def test_weights_of_another_configuration_are_refused(tmp_path, images, name: str, values: dict):
     change_config(SAVERS[name](tmp_path), **values)
-    with pytest.raises(ValueError, match=r"cannot be loaded|its weights lack"):
+    with pytest.raises(
+        ValueError, match=r"^multimodal\.image_tokenizer = .*(cannot be loaded|its weights lack)"
+    ):
         VQTokenizer(tmp_path).encode(images)
 
 
@@ -352,7 +354,8 @@ def test_weights_of_another_configuration_are_refused(tmp_path, images, name: st
 )
 def test_a_missing_extra_is_named(folders, images, monkeypatch, name, library, extra):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ValueError, match=rf'install "torchtitan_mixtures\[{extra}\]"'):
+    message = rf'multimodal\.image_tokenizer = .* needs .*install "torchtitan_mixtures\[{extra}\]"'
+    with pytest.raises(ValueError, match=message):
         VQTokenizer(folders[name]).encode(images)
 
 
