@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -156,7 +157,12 @@ class DocumentBuilder:
         if name == "text":
             return _text_segment(content, has_loss)
         file, label = _locate(name, content, find)
-        payload = self._media.image(file) if name == "image" else self._media.sound(file, label)
+        try:
+            payload = self._media.image(file) if name == "image" else self._media.sound(file, label)
+        except ValueError as error:
+            if isinstance(file, bytes) or label in str(error):
+                raise
+            raise ValueError(f"{label}: {error}") from error
         return Segment(_MODALITY_OF_KEY[name], payload, has_loss)
 
 
@@ -175,8 +181,23 @@ def parse_json(text: str) -> Any:
 
 
 def find_beside(folder: Path) -> Finder:
-    """Find paths relative to a folder."""
-    return lambda path: folder / path
+    """Find paths relative to a folder, and refuse those that lead out of it.
+
+    Data of others could otherwise have any file of this machine opened. Links are followed: who has
+    made one wanted that.
+    """
+    root = os.path.abspath(folder)
+
+    def find(path: str) -> Path:
+        found = os.path.normpath(os.path.join(root, path))
+        if os.path.commonpath([root, found]) != root:
+            raise ValueError(
+                f"{path} is outside of {folder}; set media_folder of the source to a folder that "
+                "holds it"
+            )
+        return Path(found)
+
+    return find
 
 
 def _text_segment(content: Any, has_loss: bool) -> Segment:

@@ -81,7 +81,7 @@ class JsonlSource(FileSource[Line]):
 
     def sample_key(self, block: int, number: int, sample: Line) -> str:
         """See `BlockSource.sample_key`: the file and the byte at which the line begins."""
-        return f"{sample.file.path}:{sample.start}"
+        return f"{sample.file.path}, byte {sample.start}"
 
     def build(self, sample: Line, key: str, rng: Random) -> Document:
         """See `BlockSource.build`."""

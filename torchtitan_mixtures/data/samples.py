@@ -200,10 +200,20 @@ class SampleReader:
         counts.bad_keys = list(state["bad_keys"])
 
     def _resolve(self, image: Any) -> Any:
-        """Find a relative path of an image beside the data that names it."""
+        """Find a relative path of an image beside the data that names it.
+
+        Raises:
+            ValueError: It is the address of a page, or of something else than a file.
+        """
         path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
-        if isinstance(path, str) and not Path(path).exists() and (self._folder / path).is_file():
+        if not isinstance(path, str):
+            return image
+        if path.startswith(("http://", "https://")):  # not "zip://...::https://..." of a stream
+            raise ValueError(f"{path} is an address and not a path; download the image first")
+        if not Path(path).exists() and (self._folder / path).is_file():
             return str(self._folder / path)
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is no file")
         return image
 
     def _key(self, sample: dict[str, Any], number: int | str) -> str:

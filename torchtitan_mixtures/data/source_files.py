@@ -205,7 +205,10 @@ def find_paths(settings: FileSettings, suffixes: Sequence[str]) -> list[tuple[st
     else:
         root, matches = _expand(str(named))
     if not matches:
-        raise ValueError(f"{key}: there is no such file or folder, and it matches none.")
+        raise ValueError(
+            f"{key}: there is no such file or folder, and it matches none. "
+            "Correct it; relative paths start at the current folder, and ** matches any depth."
+        )
     is_explicit = not named.is_dir() and not glob.has_magic(named.suffix) and named.suffix != ""
     wanted = tuple(suffix.lower() for suffix in suffixes)
     found: dict[str, Path] = {}

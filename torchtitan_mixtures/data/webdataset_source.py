@@ -5,6 +5,7 @@
     .jpg .png .webp ...        the image of a pair
     .wav .flac .mp3 .ogg       the sound of a pair
     .txt .caption .text        its caption, or, alone, the text of a document
+    .cls .id .url ...          not read (`NOTES_SUFFIXES`); any other is a bad sample
     .json                      {"caption": ...}, or {"segments": [{"image": "a.jpg"}, ...]}, whose
                                paths are members, `a.jpg` for `0001.a.jpg`, or whole names
 """
@@ -38,6 +39,19 @@ BLOCK_BYTES = 1 << 26
 
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
+
+NOTES_SUFFIXES = (
+    ".cls",
+    ".id",
+    ".index",
+    ".url",
+    ".license",
+    ".md5",
+    ".sha256",
+    ".width",
+    ".height",
+)
+"""Of members that say something about a sample and are not read."""
 
 _MANY_BLOCKS = 256
 _LEAST_BYTES = 1 << 12
@@ -148,7 +162,22 @@ def _row(group: Group) -> dict[str, Any]:
         text = decode_text(_read(group, member))
         is_pair = "image" in row or "audio" in row
         row["caption" if is_pair else TEXT_COLUMN] = text.strip() if is_pair else text
+    if "image" not in row and "audio" not in row:
+        _refuse_unknown(group)
     return row
+
+
+def _refuse_unknown(group: Group) -> None:
+    """Refuse a sample whose picture or sound has a suffix that nobody knows; its text is no pair.
+
+    Raises:
+        ValueError: Names the member, and the suffixes that are read.
+    """
+    known = (*CAPTION_SUFFIXES, ".json", *NOTES_SUFFIXES)
+    for name in group.members:
+        if not f".{name}".endswith(known):
+            read = " ".join((*IMAGE_SUFFIXES, *SOUND_SUFFIXES))
+            raise ValueError(f"has a member .{name}, which is none of {read}")
 
 
 def _only(group: Group, suffixes: Sequence[str]) -> Member | None:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.unit.data.file_fakes import (
     SIZE,
+    make_tar,
     open_source,
     picture,
     read_once,
@@ -64,7 +65,7 @@ def test_marks_and_ends_of_lines_of_other_systems_are_understood(tmp_path: Path)
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([lines[0], b"", b"  ", *lines[1:]]))
     documents = read_once(open_source("jsonl", path, is_endless=False))
     assert [text_of(document) for document in documents] == ["row 0", "row 1", "row 2"]
-    assert documents[0].key == f"{path}:3"
+    assert documents[0].key == f"{path}, byte 3"
 
 
 def test_bad_lines_are_counted_with_file_and_byte(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_bad_lines_are_counted_with_file_and_byte(tmp_path: Path) -> None:
     documents, num_bad, keys = read_counting("jsonl", path)
     assert len(documents) == 1 and num_bad == len(bad)
     starts = [len(good) + sum(map(len, bad[:i])) for i in range(len(bad))]
-    assert keys == [f"{path}:{start}" for start in starts]
+    assert keys == [f"{path}, byte {start}" for start in starts]
 
 
 def test_lines_that_are_too_long_are_bad_and_not_held(
@@ -93,7 +94,7 @@ def test_lines_that_are_too_long_are_bad_and_not_held(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(documents) == 2 and num_bad == 1 and keys == [f"{path}:{len(good)}"]
+    assert len(documents) == 2 and num_bad == 1 and keys == [f"{path}, byte {len(good)}"]
     assert peak < 1_000_000
 
 
@@ -257,8 +258,8 @@ def test_metadata_says_which_images_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "a" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     documents, num_bad, _ = read_counting("folder", tmp_path)
-    assert [text_of(document) for document in documents] == ["zero", "one"]
-    assert num_bad == 2
+    assert [text_of(document) for document in documents] == ["zero"]
+    assert num_bad == 3  # one of them outside of the folder of its metadata
     assert open_source("folder", tmp_path, is_endless=True).shards([0], 1)
 
 
@@ -268,3 +269,31 @@ def test_loops_of_links_do_not_repeat_images(tmp_path: Path) -> None:
     os.symlink(tmp_path, tmp_path / "a" / "loop")
     os.symlink(tmp_path / "missing.png", tmp_path / "a" / "dangling.png")
     assert len(read_once(open_source("folder", tmp_path, is_endless=False))) == 4
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png"])
+def test_paths_that_lead_out_of_the_folder_are_not_opened(path: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(picture())
+    (folder / "in.png").write_bytes(picture())
+    good = {"caption": "seen", "image": "in.png"}
+    lines = [json.dumps(row) for row in (good, {"caption": "hidden", "image": path})]
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    documents, num_bad, _ = read_counting("jsonl", folder)
+    assert [text_of(document) for document in documents] == ["seen"]
+    assert num_bad == 1
+    if path != "/etc/passwd":  # and with leave, it is
+        rows = [{"caption": "hidden", "image": str(tmp_path / "secret.png")}]
+        (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = open_source("jsonl", folder, is_endless=False, media_folder=str(tmp_path))
+        assert [text_of(document) for document in read_once(source)] == ["hidden"]
+
+
+@pytest.mark.parametrize(("suffix", "is_bad"), [("heic", True), ("pkl", True), ("cls", False)])
+def test_captions_of_unknown_media_are_no_texts(suffix: str, is_bad: bool, tmp_path: Path) -> None:
+    members = [("0.txt", b"a caption"), (f"0.{suffix}", b"5"), ("1.txt", b"a text")]
+    (tmp_path / "x.tar").write_bytes(make_tar(members))
+    documents, num_bad, _ = read_counting("webdataset", tmp_path)
+    assert [text_of(d) for d in documents] == (["a text"] if is_bad else ["a caption", "a text"])
+    assert num_bad == is_bad

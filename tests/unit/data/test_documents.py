@@ -127,7 +127,7 @@ def test_what_is_null_counts_as_absent(folder: Path) -> None:
         ([{"image": ""}], r"segment 0: '' is no path of the image"),
         ([{"image": "a\0b"}], r"segment 0: 'a\\x00b' is no path"),
         ([{"image": "https://x.org/a.png"}], r"segment 0: https.* download the image first"),
-        ([{"image": "none.png"}], r"segment 0: cannot read nowhere.none.png \(No such file"),
+        ([{"image": "none.png"}], r"segment 0: cannot read .*nowhere.none.png \(No such file"),
         ([{"image": "x" * 5000}], r"segment 0: cannot read .*\(File name too long\)"),
         ([{"image": b""}], r"segment 0: the file is empty"),
         ([{"image": b"GIF89a"}], r"segment 0: .*"),
