@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -25,6 +26,11 @@ SUFFIXES = (".parquet",)
 BLOCK_BYTES = 1 << 26
 """Unpacked, of a block; larger groups of rows are cut. Less if the data are small."""
 
+CACHED_BYTES = 1 << 26
+"""Unpacked, of a group of rows that is kept whole for its other parts: they come in any order."""
+
+_NUM_CACHED = 4  # groups
+
 _MANY_BLOCKS = 256
 _BATCH_ROWS = 1024  # at most, at once, so that a group of rows is not held whole
 
@@ -37,12 +43,14 @@ class Rows(NamedTuple):
         first: Of them, counted in the group.
         count: How many.
         row: Number of the first in the file, for messages.
+        group_bytes: Of the whole group, unpacked.
     """
 
     group: int
     first: int
     count: int
     row: int
+    group_bytes: int
 
 
 class Row(NamedTuple):
@@ -98,26 +106,12 @@ class ParquetSource(FileSource[Row]):
         wanted = self._parts[file][part]
         rows: list[dict[str, Any] | ValueError] = []
         try:
-            # Mapped: otherwise Arrow reads a column of the whole group, whatever its buffer.
-            with pq.ParquetFile(
-                file.path, memory_map=True, page_checksum_verification=True
-            ) as opened:
-                present = set(opened.schema_arrow.names)
-                batches = opened.iter_batches(
-                    min(_BATCH_ROWS, wanted.count),
-                    row_groups=[wanted.group],
-                    columns=[name for name in self._columns.names() if name in present],
-                    use_threads=False,
-                )
-                first = 0
-                for batch in batches:
-                    begin = max(wanted.first - first, 0)
-                    end = min(wanted.first + wanted.count - first, len(batch))
-                    if begin < end:
-                        rows += _to_rows(batch.slice(begin, end - begin))
-                    first += len(batch)
-                    if first >= wanted.first + wanted.count:
-                        break
+            if wanted.group_bytes <= CACHED_BYTES:
+                group = _read_group(file, wanted.group, tuple(self._columns.names()))
+                for batch in group.slice(wanted.first, wanted.count).to_batches():
+                    rows += _to_rows(batch)
+            else:
+                rows += self._read_rows(file, wanted)
         # Arrow reports damage by all of its classes, running out of memory among them: a damaged
         # length asks for terabytes.
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -130,6 +124,27 @@ class ParquetSource(FileSource[Row]):
         folder = self._media_folder or file.path.parent
         return [Row(folder, row) for row in rows]
 
+    def _read_rows(self, file: DataFile, wanted: Rows) -> list[dict[str, Any] | ValueError]:
+        """Read rows of a large group, from its first row on."""
+        rows: list[dict[str, Any] | ValueError] = []
+        with _open(file) as opened:
+            batches = opened.iter_batches(
+                min(_BATCH_ROWS, wanted.count),
+                row_groups=[wanted.group],
+                columns=_present(opened, self._columns.names()),
+                use_threads=False,
+            )
+            first = 0
+            for batch in batches:
+                begin = max(wanted.first - first, 0)
+                end = min(wanted.first + wanted.count - first, len(batch))
+                if begin < end:
+                    rows += _to_rows(batch.slice(begin, end - begin))
+                first += len(batch)
+                if first >= wanted.first + wanted.count:
+                    break
+        return rows
+
     def sample_key(self, block: int, number: int, sample: Row) -> str:
         """See `BlockSource.sample_key`: the file and the number of the row."""
         file, part, _ = self.find(block)
@@ -140,6 +155,22 @@ class ParquetSource(FileSource[Row]):
         if isinstance(sample.content, ValueError):
             raise sample.content
         return self._builder.build(sample.content, key, rng, find_beside(sample.folder))
+
+
+def _open(file: DataFile) -> pq.ParquetFile:
+    # Mapped: otherwise Arrow reads a column of the whole group, whatever its buffer.
+    return pq.ParquetFile(file.path, memory_map=True, page_checksum_verification=True)
+
+
+def _present(opened: pq.ParquetFile, names: Sequence[str]) -> list[str]:
+    present = set(opened.schema_arrow.names)
+    return [name for name in names if name in present]
+
+
+@lru_cache(maxsize=_NUM_CACHED)
+def _read_group(file: DataFile, group: int, names: tuple[str, ...]) -> pa.Table:
+    with _open(file) as opened:
+        return opened.read_row_group(group, _present(opened, names), use_threads=False)
 
 
 def _read_footer(file: DataFile, columns: Columns, settings: FileSettings) -> pq.FileMetaData:
@@ -178,7 +209,7 @@ def _cut(footer: pq.FileMetaData, block_bytes: int) -> list[Rows]:
         count = min(max(1, group.total_byte_size // block_bytes), group.num_rows)
         ends = [group.num_rows * (i + 1) // count for i in range(count)]
         for first, end in zip([0, *ends], ends, strict=False):
-            parts.append(Rows(number, first, end - first, before + first))
+            parts.append(Rows(number, first, end - first, before + first, group.total_byte_size))
         before += group.num_rows
     return parts
 

@@ -169,9 +169,11 @@ def test_images_may_be_structs_bytes_or_paths(spelling: str, tmp_path: Path) -> 
     assert (image == 30).all()
 
 
+@pytest.mark.parametrize("cached_bytes", [0, 1 << 26])
 def test_large_groups_of_rows_are_cut_and_all_rows_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parquet_source, "CACHED_BYTES", cached_bytes)
     monkeypatch.setattr(parquet_source, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(parquet_source, "_BATCH_ROWS", 5)
     rng = random.Random(0)
