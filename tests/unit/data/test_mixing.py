@@ -488,8 +488,8 @@ def test_pairs_are_in_the_asked_order_and_lose_their_caption_at_the_asked_rate()
         ([{"name": "a", "kind": "zip"}], r"sources\[0\]\.kind = 'zip': must be one of 'emoji'"),
         ([{"name": "a", "kind": "jsonl"}], r"sources\[0\]\.path = : must be a file"),
         (
-            [{"name": "a", "kind": "emoji", "wieght": 1.0}],
-            r"sources\[0\]\.wieght: unknown key; did you mean multimodal\.sources\[0\]\.weight",
+            [{"name": "a", "kind": "emoji", "weights": 1.0}],
+            r"sources\[0\]\.weights: unknown key; did you mean multimodal\.sources\[0\]\.weight",
         ),
         ([{"name": "a/b", "kind": "emoji"}], r"sources\[0\]\.name = a/b: must be letters"),
         ([{"name": "a", "kind": "emoji", "weight": 0.0}], r"weight = 0.0: must be a finite number"),
