@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -270,6 +271,19 @@ def test_bad_images_are_skipped_counted_and_logged(
     assert shard.state_dict()["counts"]["bad"] == 3
     for name in ("5.png", "17.png", "30.png"):
         assert any(name in record.message for record in caplog.records), name
+
+
+def test_addresses_and_pipes_that_rows_name_are_not_opened(tmp_path: Path) -> None:
+    """A row may come from anybody: nothing is fetched, and no pipe waited for."""
+    (tmp_path / "good.png").write_bytes(png(3))
+    os.mkfifo(tmp_path / "pipe.png")
+    names = ["good.png", "https://example.com/x.png", str(tmp_path / "pipe.png")]
+    lines = ["image,caption", *(f"{name},row {i}" for i, name in enumerate(names))]
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    source = build(str(tmp_path / "data.csv"), is_endless=False, max_bad_fraction=1.0)
+    shard = only_shard(source)
+    assert [caption(document) for document in shard] == ["row 0"]
+    assert shard.state_dict()["counts"]["bad"] == 2
 
 
 def test_too_many_bad_samples_stop_the_run_at_the_limit(tmp_path: Path) -> None:
