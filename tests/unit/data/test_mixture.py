@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import shutil
+import tomllib
 from collections import Counter
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from safetensors.numpy import load_file, save_file
 
-from tests.jobs import TRAIN_CONFIGS, debug_job
-from tests.unit.data.file_fakes import make_tar, picture
+from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
+from tests.unit.data.file_fakes import make_tar, open_source, picture, read_once, sound
 from torchtitan_mixtures.checks import check_data
+from torchtitan_mixtures.config_values import check_table
 from torchtitan_mixtures.data.loader import (
     MultimodalDataLoader,
     build_multimodal_dataloader,
@@ -27,6 +30,8 @@ from torchtitan_mixtures.data.loader import (
 from torchtitan_mixtures.data.tokenize_job import job_recipe
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
 from torchtitan_mixtures.data.tokenizers import build_image_tokenizer
+from torchtitan_mixtures.multimodal_config import Multimodal
+from torchtitan_mixtures.source_entries import parse_entries
 
 SAMPLES = 60
 WORDS = ("a red fox", "two bells", "an apple on a table", "the moon over a hill", "keys")
@@ -259,3 +264,33 @@ def test_tokenizers_are_known_by_what_they_hold(entries, tmp_path):
     shutil.copy(changed, first)
     with pytest.raises(ValueError, match=r"content of multimodal\.image_tokenizer is '"):
         build([entries["folder"]], f"--multimodal.image_tokenizer={first}").load_state_dict(state)
+
+
+def readme_blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("### Your own data") : text.index("### Images")]
+    return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+
+
+def test_the_configuration_in_the_readme_is_one():
+    (block,) = readme_blocks("toml")
+    table = tomllib.loads(block)["multimodal"]
+    check_table(Multimodal, table, "multimodal.")
+    entries = parse_entries("multimodal.sources", table["sources"])
+    assert [entry.kind for entry in entries] == ["jsonl", "webdataset"]
+    (held_out,) = parse_entries("k", table["validation_sources"], validates=True)
+    assert table["validation_splits"] == [held_out.name]
+
+
+def test_the_documents_in_the_readme_are_read(tmp_path):
+    (block,) = readme_blocks("json")
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.jpg").write_bytes(picture())
+    (tmp_path / "meow.wav").write_bytes(sound())
+    (tmp_path / "data.jsonl").write_text(block)
+    documents = read_once(open_source("jsonl", tmp_path, is_endless=False))
+    kinds = [[segment.modality for segment in document.segments] for document in documents]
+    assert kinds[0] == ["text", "image", "text", "speech"]
+    assert [segment.has_loss for segment in documents[0].segments] == [False, True, True, True]
+    assert sorted(kinds[1]) == ["image", "text"] and documents[1].is_pair
+    assert kinds[2] == ["text"]
