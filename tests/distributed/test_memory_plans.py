@@ -13,7 +13,6 @@ from torchtitan_mixtures.planning.step import Memory
 
 QUICK = [
     ("mot", "1 process, mixed bfloat16, seq 512"),
-    ("mot", "PP 2, 1F1B"),
     ("mom", "1 process"),
     ("mixdiff", "TP 2"),
 ]

@@ -114,7 +114,7 @@ def rows(loader: Any, count: int) -> list[tuple[list[int], list[int]]]:
 KINDS = ["emoji", "folder", "webdataset", "jsonl", "parquet", "datasets", "stream", "shards"]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source_resumes_to_the_bit(entries, kind, num_workers):
     options = (f"--training.dataloader.num_workers={num_workers}", "--multimodal.shards=4")

@@ -168,7 +168,7 @@ def test_ranks_of_a_pipeline_hold_the_model_between_them(schedule):
         ("1F1B", 2, 0),
         pytest.param("1F1B", 2, 1, marks=pytest.mark.slow),
         pytest.param("1F1B", 4, 0, marks=pytest.mark.slow),
-        ("Interleaved1F1B", 2, 0),
+        pytest.param("Interleaved1F1B", 2, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_long_pipeline_is_planned_by_its_first_microbatches(
