@@ -50,8 +50,10 @@ class GreyTokenizer:
         return (quarters // 16).astype(np.int64).reshape(len(images), 4)
 
 
-def make_encoder(seq_len: int, modalities: Modalities = MODALITIES) -> DocumentEncoder:
-    return DocumentEncoder(ByteTokenizer(), GreyTokenizer(), modalities, seq_len)
+def make_encoder(
+    seq_len: int, modalities: Modalities = MODALITIES, **options: Any
+) -> DocumentEncoder:
+    return DocumentEncoder(ByteTokenizer(), GreyTokenizer(), modalities, seq_len, **options)
 
 
 def random_document(rng: random.Random, key: str, max_text: int = 40) -> Document:

@@ -204,13 +204,7 @@ def test_a_limit_of_less_than_a_document_for_each_shard_is_kept_on_average():
 
 
 def test_sources_that_are_too_long_throughout_do_not_hang():
-    encoder = DocumentEncoder(
-        make_encoder(SEQ_LEN)._text_tokenizer,
-        make_encoder(SEQ_LEN)._image_tokenizer,
-        MODALITIES,
-        SEQ_LEN,
-        long_documents="drop",
-    )
+    encoder = make_encoder(SEQ_LEN, long_documents="drop")
     parts = (Ingredient("a", Letters("a", [300]), 0.5), Ingredient("b", Letters("b", [20]), 0.5))
     (shard,) = mix(*parts, encoder=encoder).shards([0], 1)
     with pytest.raises(ValueError, match=r'source "a": 1000 documents running are longer than'):
@@ -298,13 +292,7 @@ def test_counts_are_those_of_the_documents():
 
 
 def test_long_documents_are_dropped_and_counted_on_request():
-    encoder = DocumentEncoder(
-        make_encoder(SEQ_LEN)._text_tokenizer,
-        make_encoder(SEQ_LEN)._image_tokenizer,
-        MODALITIES,
-        SEQ_LEN,
-        long_documents="drop",
-    )
+    encoder = make_encoder(SEQ_LEN, long_documents="drop")
     source = Letters("a", [126, 127], count=400)
     (shard,) = mix(Ingredient("a", source), encoder=encoder).shards([0], 1)
     given = list(itertools.islice(iter(shard), 100))
