@@ -43,7 +43,7 @@ class Rows(NamedTuple):
         first: Of them, counted in the group.
         count: How many.
         row: Number of the first in the file, for messages.
-        group_bytes: Of the whole group, unpacked.
+        group_bytes: Of the whole group, encoded but not compressed.
     """
 
     group: int
@@ -98,6 +98,7 @@ class ParquetSource(FileSource[Row]):
                 "have no rows. Remove the entry, or name other files."
             )
         super().__init__(files, num_parts, settings)
+        self._large: set[tuple[DataFile, int]] = set()  # groups that were found to be
         self._media_folder = Path(entry.media_folder).expanduser() if entry.media_folder else None
         self._builder = DocumentBuilder(settings.media, settings.order, self._columns)
 
@@ -106,12 +107,12 @@ class ParquetSource(FileSource[Row]):
         wanted = self._parts[file][part]
         rows: list[dict[str, Any] | ValueError] = []
         try:
-            if wanted.group_bytes <= CACHED_BYTES:
-                group = _read_group(file, wanted.group, tuple(self._columns.names()))
+            group = self._kept_group(file, wanted)
+            if group is None:
+                rows += self._read_rows(file, wanted)
+            else:
                 for batch in group.slice(wanted.first, wanted.count).to_batches():
                     rows += _to_rows(batch)
-            else:
-                rows += self._read_rows(file, wanted)
         # Arrow reports damage by all of its classes, running out of memory among them: a damaged
         # length asks for terabytes.
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -123,6 +124,17 @@ class ParquetSource(FileSource[Row]):
             )
         folder = self._media_folder or file.path.parent
         return [Row(folder, row) for row in rows]
+
+    def _kept_group(self, file: DataFile, wanted: Rows) -> pa.Table | None:
+        """The whole group of some rows, unpacked; None if it is too large to be kept."""
+        place = file, wanted.group
+        # As it is stored; equal values may unpack to thousands of times that.
+        if wanted.group_bytes > CACHED_BYTES or place in self._large:
+            return None
+        group = _read_group(*place, tuple(self._columns.names()))
+        if group is None:
+            self._large.add(place)
+        return group
 
     def _read_rows(self, file: DataFile, wanted: Rows) -> list[dict[str, Any] | ValueError]:
         """Read rows of a large group, from its first row on."""
@@ -168,9 +180,18 @@ def _present(opened: pq.ParquetFile, names: Sequence[str]) -> list[str]:
 
 
 @lru_cache(maxsize=_NUM_CACHED)
-def _read_group(file: DataFile, group: int, names: tuple[str, ...]) -> pa.Table:
+def _read_group(file: DataFile, group: int, names: tuple[str, ...]) -> pa.Table | None:
+    """Unpack a group of rows; None once it has become too large to be kept."""
+    batches, size = [], 0
     with _open(file) as opened:
-        return opened.read_row_group(group, _present(opened, names), use_threads=False)
+        for batch in opened.iter_batches(
+            _BATCH_ROWS, row_groups=[group], columns=_present(opened, names), use_threads=False
+        ):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > CACHED_BYTES:
+                return None
+    return pa.Table.from_batches(batches)
 
 
 def _read_footer(file: DataFile, columns: Columns, settings: FileSettings) -> pq.FileMetaData:

@@ -186,6 +186,24 @@ def test_large_groups_of_rows_are_cut_and_all_rows_found(
     assert [document.key for document in documents] == [f"{path}[{i}]" for i in range(200)]
 
 
+def test_groups_that_unpack_to_much_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal strings are stored once: what a file says of its size is no limit of memory."""
+    monkeypatch.setattr(parquet_source, "CACHED_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_source, "_BATCH_ROWS", 64)
+    rows = [{"text": "x" * 20_000}] * 1000  # 20 MB
+    path = write_rows(tmp_path / "x.parquet", rows, row_group_size=1000)
+    assert path.stat().st_size < 1 << 16
+    source = open_source("parquet", path, is_endless=False)
+    parquet_source._read_group.cache_clear()
+    before = pa.total_allocated_bytes()
+    documents = iter(source.shards([0], 1)[0])
+    assert text_of(next(documents)) == "x" * 20_000
+    assert pa.total_allocated_bytes() - before < 4 << 20
+    assert 1 + sum(1 for _ in documents) == 1000
+
+
 def test_only_the_columns_that_are_needed_are_read(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.parquet", [{"text": "a", "other": "b" * 1000, "caption": "c"}])
     source = open_source("parquet", path, is_endless=False)
