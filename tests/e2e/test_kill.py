@@ -59,6 +59,10 @@ class Run:
         """What rank 0 has printed so far."""
         return self._log.read_text(errors="replace")
 
+    def outputs(self) -> str:
+        """What both ranks have printed, rank 0 last."""
+        return Path(f"{self._log}.1").read_text(errors="replace")[-3000:] + self.output()[-3000:]
+
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Look often; the run must not end before the condition holds."""
         deadline = time.monotonic() + timeout
@@ -76,7 +80,7 @@ class Run:
     def finish(self) -> None:
         """Wait for the end of the training."""
         for process in self.processes:
-            assert process.wait(timeout=240) == 0, self.output()[-3000:]
+            assert process.wait(timeout=240) == 0, self.outputs()
 
     def losses(self) -> dict[int, str]:
         """Loss of each step, as printed."""
