@@ -33,7 +33,8 @@ class SourceEntry:
         "jsonl"
     )
     """`folder`: images with captions beside them. `webdataset`: tar files. `jsonl`, `parquet`:
-    documents as lists of segments, or pairs. `datasets`: what `datasets.load_dataset` opens.
+    documents as lists of segments, pairs or texts. `datasets`: the same in what
+    `datasets.load_dataset` opens.
     `shards`: what `scripts/prepare_data.py tokenize` wrote. `emoji`: the embedded corpus."""
 
     path: str = ""
@@ -61,20 +62,28 @@ class SourceEntry:
     """For `datasets`: read without downloading first."""
 
     image_column: str = "image"
-    """For `datasets`, and for pairs in `jsonl` and `parquet`: where the image is."""
+    """For `datasets`, `jsonl` and `parquet`: where the image of a pair is."""
 
     audio_column: str = "audio"
-    """For pairs in `jsonl` and `parquet`: where the sound is."""
+    """For the same: where the sound of a pair is."""
 
     caption_column: str = "caption"
-    """For `datasets`, and for pairs in `jsonl` and `parquet`: where the caption is."""
+    """For the same: where the caption of a pair is."""
 
     segments_column: str = "segments"
-    """For `jsonl` and `parquet`: where the list of segments is."""
+    """For the same: where the list of segments is."""
+
+    text_column: str = "text"
+    """For the same: where the text of a row is that has none of those."""
 
     media_folder: str = ""
-    """For `jsonl` and `parquet`: what relative paths of images and sounds are relative to. Empty =
-    the folder of the file that names them."""
+    """For the same: what relative paths of images and sounds are relative to, and where absolute
+    ones must be. Empty = the folder of the file that names them; of `datasets`, of all its files.
+    """
+
+
+COLUMN_KEYS = ("segments_column", "caption_column", "image_column", "audio_column", "text_column")
+"""Keys of an entry that name the columns of its rows."""
 
 
 def parse_entries(key: str, tables: Any, validates: bool = False) -> list[SourceEntry]:
@@ -118,11 +127,7 @@ def _parse_entry(key: str, table: dict[str, Any], validates: bool) -> SourceEntr
         "subset": ("datasets",),
         "data_files": ("datasets",),
         "streaming": ("datasets",),
-        "image_column": ("datasets", "jsonl", "parquet"),
-        "caption_column": ("datasets", "jsonl", "parquet"),
-        "audio_column": ("jsonl", "parquet"),
-        "segments_column": ("jsonl", "parquet"),
-        "media_folder": ("jsonl", "parquet"),
+        **dict.fromkeys((*COLUMN_KEYS, "media_folder"), ("datasets", "jsonl", "parquet")),
         **({} if not validates else dict.fromkeys(("weight", "max_epochs", "max_tokens"), ())),
     }
     defaults = {field.name: field.default for field in dataclasses.fields(SourceEntry)}

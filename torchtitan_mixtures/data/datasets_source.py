@@ -1,4 +1,7 @@
-"""Documents from anything that `datasets.load_dataset` opens, local or remote, streamed or not."""
+"""Documents from anything that `datasets.load_dataset` opens, local or remote, streamed or not.
+
+Rows are what they are in other files, see `documents.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from datasets.distributed import split_dataset_by_node
 
-from torchtitan_mixtures.data.opening import Naming, keep_columns, local_files, open_split
-from torchtitan_mixtures.data.samples import SampleJudge, SampleReader
+from torchtitan_mixtures.data.documents import Columns, DocumentBuilder
+from torchtitan_mixtures.data.media import MediaReader
+from torchtitan_mixtures.data.opening import (
+    LocalFiles,
+    Naming,
+    keep_columns,
+    local_files,
+    open_split,
+)
+from torchtitan_mixtures.data.sample_reader import Reading, SampleReader, find_of_dataset
+from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.source_files import hash_of
 from torchtitan_mixtures.data.sources import (
     Document,
@@ -23,6 +35,7 @@ from torchtitan_mixtures.data.sources import (
     document_rng,
     epoch_order,
 )
+from torchtitan_mixtures.source_entries import COLUMN_KEYS, SourceEntry
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
@@ -30,8 +43,8 @@ if TYPE_CHECKING:
 SHUFFLE_BLOCK = 1024
 """Samples of a stream that are shuffled together; still undecoded while they wait."""
 
-_IDENTITY = ("name", "streaming", "image_column", "caption_column")
-"""Keys on which the documents and their order depend, beside those that say where the data are."""
+_IDENTITY = ("image_column", "caption_column", "source", "path", "data_files")
+"""Keys that say where documents are, if they are those of `[multimodal]` and not of an entry."""
 
 # `datasets` warns that its shuffle buffer is lost on resume. Ours holds one sample, already used.
 logging.getLogger("datasets.iterable_dataset").addFilter(
@@ -43,28 +56,27 @@ class MappedSource(IndexedSource):
     """Samples with an index: every epoch visits all of them in a new global order.
 
     Args:
-        data: The split; only the columns needed, images not decoded.
+        data: The split; only the columns needed, images and sounds not decoded.
+        reading: How documents are made of samples.
         config: The `[multimodal]` section.
-        split: Name of the split.
-        image_size: Size that images are brought to.
+        identity: What tells these data from others; see `Source.fingerprint`.
         is_endless: See `Source`.
-        naming: Of the keys that say what the data are.
+        naming: Of the keys and of the split, for messages.
     """
 
     def __init__(
         self,
         data: datasets.Dataset,
+        reading: Reading,
         config: Multimodal,
-        split: str,
-        image_size: int,
+        identity: dict[str, Any],
         is_endless: bool,
         naming: Naming,
     ) -> None:
         super().__init__(len(data), config.seed, is_endless)
         self._data = data
-        order = PairOrder.of(config, is_endless)
-        self._reading = config, split, image_size, order, naming
-        self._identity = _identity(config, split, naming)
+        self._reading = reading, config.max_bad_fraction, naming
+        self._identity = identity
         self._samples_key = _counted("samples in the split", naming)
 
     def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
@@ -125,20 +137,20 @@ class StreamedSource:
     of their samples every n-th.
 
     Args:
-        data: The split; only the columns needed, images not decoded.
+        data: The split; only the columns needed, images and sounds not decoded.
+        reading: How documents are made of samples.
         config: The `[multimodal]` section.
-        split: Name of the split.
-        image_size: Size that images are brought to.
+        identity: What tells these data from others; see `Source.fingerprint`.
         is_endless: See `Source`.
-        naming: Of the keys that say what the data are.
+        naming: Of the keys and of the split, for messages.
     """
 
     def __init__(
         self,
         data: datasets.IterableDataset,
+        reading: Reading,
         config: Multimodal,
-        split: str,
-        image_size: int,
+        identity: dict[str, Any],
         is_endless: bool,
         naming: Naming,
     ) -> None:
@@ -146,9 +158,8 @@ class StreamedSource:
         self.max_epochs = 0
         self.seed = config.seed
         self._data = data
-        order = PairOrder.of(config, is_endless)
-        self._reading = config, split, image_size, order, naming
-        self._identity = _identity(config, split, naming)
+        self._reading = reading, config.max_bad_fraction, naming
+        self._identity = identity
         self._files_key = _counted("files (shards) of the split", naming)
         self.naming, self.path = naming, config.path  # for messages
 
@@ -275,54 +286,74 @@ class StreamedShard:
 def build_datasets_source(
     config: Multimodal,
     split: str,
-    image_size: int,
+    media: MediaReader,
     is_endless: bool,
-    naming: Naming | None = None,
+    entry: SourceEntry | None = None,
 ) -> Source:
     """Open what `path` names and build the source that reads it; see `build_source`.
 
     Args:
         config: The `[multimodal]` section, or what it would be for an entry of a mixture alone.
         split: Which split to read.
-        image_size: Size that images are brought to.
+        media: Reads pictures and sounds.
         is_endless: See `Source`.
-        naming: Of the keys; None: they are those of `[multimodal]`.
+        entry: Of a mixture; None: there are pictures and captions, in the columns that
+            `[multimodal]` names.
 
     Raises:
         ValueError: There is no such path, split or column, or no sample; names the key.
     """
-    naming = naming or Naming()
-    data = keep_columns(open_split(config, split, is_endless, naming), config, naming)
+    naming = Naming(split, entry.name if entry else "")
+    if entry is None:
+        columns = Columns("", config.caption_column, config.image_column, "", "")
+    else:
+        columns = Columns.of(entry)
+    opened = open_split(config, split, is_endless, naming)
+    data = keep_columns(opened, config, columns, naming)
+    local = local_files(config)
+    media_folder = Path(entry.media_folder).expanduser() if entry and entry.media_folder else None
+    reading = Reading(
+        DocumentBuilder(media, PairOrder.of(config, is_endless), columns),
+        find_of_dataset(local.folder if local else None, media_folder),
+        f"{config.path or config.data_files}:{split}",
+        config.seed,
+    )
+    identity = _identity(config, naming, entry, local)
     if isinstance(data, datasets.IterableDataset):
-        return StreamedSource(data, config, split, image_size, is_endless, naming)
+        return StreamedSource(data, reading, config, identity, is_endless, naming)
     if not len(data):
         raise ValueError(f'{naming.key("path")} = "{config.path}": split "{split}" has no samples.')
-    return MappedSource(data, config, split, image_size, is_endless, naming)
+    return MappedSource(data, reading, config, identity, is_endless, naming)
 
 
 def _readers(
-    count: int, config: Multimodal, split: str, image_size: int, order: PairOrder, naming: Naming
+    count: int, reading: Reading, max_bad_fraction: float, naming: Naming
 ) -> list[SampleReader]:
     """Readers of all shards of one process, which are judged together."""
-    judge = SampleJudge(config.max_bad_fraction, naming.samples(split))
-    return [SampleReader(config, split, image_size, order, judge) for _ in range(count)]
+    judge = SampleJudge(max_bad_fraction, naming.samples())
+    return [SampleReader(reading, judge) for _ in range(count)]
 
 
-def _identity(config: Multimodal, split: str, naming: Naming) -> dict[str, Any]:
-    keys = (*_IDENTITY, *(() if naming.entry else ("source", "path", "data_files")))
+def _identity(
+    config: Multimodal, naming: Naming, entry: SourceEntry | None, local: LocalFiles | None
+) -> dict[str, Any]:
+    keys = ("name", "streaming", *(() if entry else _IDENTITY))
     values = {naming.key(key): getattr(config, key) for key in keys}
-    values |= {"multimodal.seed": config.seed, naming.key("train_split"): split}
-    return values | _location(config, naming) if naming.entry else values
+    values |= {"multimodal.seed": config.seed, naming.key("train_split"): naming.split}
+    if entry is None:
+        return values
+    values |= {naming.key(key): getattr(entry, key) for key in COLUMN_KEYS}
+    return values | _location(config, naming, local)
 
 
-def _location(config: Multimodal, naming: Naming) -> dict[str, Any]:
+def _location(config: Multimodal, naming: Naming, local: LocalFiles | None) -> dict[str, Any]:
     """What data an entry names, which may move if they are files on this machine."""
     values: dict[str, Any] = {naming.key("kind"): "datasets"}
     if not Path(config.path).exists():  # a format, or a name that holds everywhere
         values[naming.key("path")] = config.path
-    if (files := local_files(config)) is None:
+    if local is None:
         return values | {naming.key("data_files"): config.data_files}
-    hashed = hash_of([f"{name}\0{size}" for name, size in files])
+    hashed = hash_of([f"{name}\0{size}" for name, size in local.files])
     return values | {f"{naming.key('path')}: hash of the files": hashed}
 
 

@@ -7,7 +7,7 @@ A list of segments, in the column `segments`:
 An image or a sound is a path, its bytes (in Parquet), `{"bytes": ..., "path": ...}`, or
 `{"base64": "..."}`. A pair has a caption, or a list of captions of which one is drawn, and an image
 or a sound or both, in columns of their own. A row with neither has its text in the column `text`.
-What is null counts as absent.
+What is null counts as absent. The columns may be called otherwise, see `SourceEntry`.
 """
 
 from __future__ import annotations
@@ -25,38 +25,42 @@ from typing import Any
 from torchtitan_mixtures.data.media import MediaReader, check_text
 from torchtitan_mixtures.data.samples import choose_caption
 from torchtitan_mixtures.data.sources import Document, PairOrder, Segment
-from torchtitan_mixtures.source_entries import SourceEntry
+from torchtitan_mixtures.source_entries import COLUMN_KEYS, SourceEntry
 
 Finder = Callable[[str], Path | bytes]
 """Given the path by which a document names a file: where that is, or what it holds."""
-
-TEXT_COLUMN = "text"
-"""Where rows that are neither segments nor pairs have their text."""
-
-COLUMN_KEYS = ("segments_column", "caption_column", "image_column", "audio_column")
-"""Keys of an entry that name its columns, in the order of `Columns`."""
 
 _MODALITY_OF_KEY = {"text": "text", "image": "image", "audio": "speech"}
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a row are called; see `SourceEntry`."""
+    """What the columns of a row are called; see `SourceEntry`. Empty: there is no such."""
 
     segments: str = "segments"
     caption: str = "caption"
     image: str = "image"
     audio: str = "audio"
+    text: str = "text"
 
     @classmethod
     def of(cls, entry: SourceEntry) -> Columns:
         """Those that an entry names."""
         return cls(*(getattr(entry, key) for key in COLUMN_KEYS))
 
+    def called(self, key: str) -> str:
+        """What the column is called that a key of an entry names."""
+        return getattr(self, key.removesuffix("_column"))
+
     def names(self) -> list[str]:
-        """All of them, each once, and the one of plain texts."""
-        named = (self.segments, self.caption, self.image, self.audio, TEXT_COLUMN)
-        return list(dict.fromkeys(named))
+        """All of them, each once."""
+        named = (self.segments, self.caption, self.image, self.audio, self.text)
+        return [name for name in dict.fromkeys(named) if name]
+
+    def content(self) -> list[str]:
+        """Those of which a row must have one: a caption alone is none."""
+        named = (self.segments, self.image, self.audio, self.text)
+        return [name for name in dict.fromkeys(named) if name]
 
 
 class DocumentBuilder:
@@ -110,12 +114,12 @@ class DocumentBuilder:
         return Document(segments, key, is_pair=True)
 
     def _plain_text(self, row: Mapping[str, Any]) -> Segment:
-        if (text := row.get(TEXT_COLUMN)) is None:
-            columns = self.columns
-            raise ValueError(
-                f"expected {columns.segments!r}, {TEXT_COLUMN!r}, or {columns.caption!r} with "
-                f"{columns.image!r} or {columns.audio!r}; it has {_names(row)}"
-            )
+        columns = self.columns
+        if (text := row.get(columns.text)) is None:
+            alone = [repr(name) for name in (columns.segments, columns.text) if name]
+            others = " or ".join(repr(name) for name in (columns.image, columns.audio) if name)
+            expected = ", or ".join([*alone, f"{columns.caption!r} with {others}"])
+            raise ValueError(f"expected {expected}; it has {_names(row)}")
         segment = _text_segment(text, True)
         if not text.strip():
             raise ValueError("the text is nothing but white space")
@@ -189,6 +193,8 @@ def find_beside(folder: Path) -> Finder:
     root = os.path.abspath(folder)
 
     def find(path: str) -> Path:
+        if "://" in path:
+            raise ValueError(f"{path} is an address and not a path; download it first")
         found = os.path.normpath(os.path.join(root, path))
         if os.path.commonpath([root, found]) != root:
             raise ValueError(
@@ -228,8 +234,6 @@ def _locate(name: str, value: Any, find: Finder) -> tuple[Path | bytes, str]:
         )
     if not value or "\0" in value:
         raise ValueError(f"{value!r} is no path of the {name}")
-    if "://" in value:
-        raise ValueError(f"{value} is an address and not a path; download the {name} first")
     return find(value), value
 
 

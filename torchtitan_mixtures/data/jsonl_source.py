@@ -8,7 +8,6 @@ from random import Random
 from typing import Any, BinaryIO, NamedTuple
 
 from torchtitan_mixtures.data.documents import (
-    COLUMN_KEYS,
     Columns,
     DocumentBuilder,
     Finder,
@@ -18,6 +17,7 @@ from torchtitan_mixtures.data.documents import (
 from torchtitan_mixtures.data.media import decode_text
 from torchtitan_mixtures.data.source_files import DataFile, FileSettings, FileSource
 from torchtitan_mixtures.data.sources import Document
+from torchtitan_mixtures.source_entries import COLUMN_KEYS
 
 SUFFIXES = (".jsonl", ".ndjson")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torchtitan_mixtures.data.emoji_source import EmojiSource
+from torchtitan_mixtures.data.media import MediaReader
 from torchtitan_mixtures.data.mixing import Ingredient
 from torchtitan_mixtures.data.sources import PairOrder, Source
 from torchtitan_mixtures.data.speech import SpeechTokenizer
@@ -26,6 +27,11 @@ class SourceTokenizers:
     image: ImageTokenizer
     speech: SpeechTokenizer | None
     """None: the model has no speech."""
+
+    def media(self) -> MediaReader:
+        """Reads pictures and sounds as they take them."""
+        rate = self.speech.sample_rate if self.speech else None
+        return MediaReader(self.image.image_size, rate)
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each, by modality."""
@@ -159,7 +165,7 @@ def build_source(
     # Imported late: `datasets` takes a second, which runs on the embedded corpus need not pay.
     from torchtitan_mixtures.data.datasets_source import build_datasets_source
 
-    return build_datasets_source(config, split, tokenizers.image.image_size, is_endless)
+    return build_datasets_source(config, split, tokenizers.media(), is_endless)
 
 
 def build_entry(
@@ -191,11 +197,8 @@ def build_entry(
         source.max_epochs = entry.max_epochs
         return source
     from torchtitan_mixtures.data.file_sources import build_file_source
-    from torchtitan_mixtures.data.media import MediaReader
 
-    rate = tokenizers.speech.sample_rate if tokenizers.speech else None
-    media = MediaReader(tokenizers.image.image_size, rate)
-    return build_file_source(entry, config, media, order, is_endless)
+    return build_file_source(entry, config, tokenizers.media(), order, is_endless)
 
 
 def _build_own(
@@ -215,16 +218,12 @@ def _build_own(
         name=entry.subset,
         data_files=list(entry.data_files),
         streaming=entry.streaming,
-        image_column=entry.image_column,
-        caption_column=entry.caption_column,
     )
     split = entry.split or "train"
     if entry.kind == "datasets":
         from torchtitan_mixtures.data.datasets_source import build_datasets_source
-        from torchtitan_mixtures.data.opening import Naming
 
-        image_size = tokenizers.image.image_size
-        return build_datasets_source(own, split, image_size, is_endless, Naming(entry.name))
+        return build_datasets_source(own, split, tokenizers.media(), is_endless, entry)
     try:
         return EmojiSource(own, split, tokenizers.image, is_endless, modality_names)
     except ValueError as error:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import datasets
 
+from torchtitan_mixtures.data.documents import Columns
+from torchtitan_mixtures.data.sample_reader import undecoded
 from torchtitan_mixtures.data.source_files import walk
+from torchtitan_mixtures.source_entries import COLUMN_KEYS
 
 if TYPE_CHECKING:
     from torchtitan_mixtures.job_config import Multimodal
@@ -37,9 +41,11 @@ class Naming:
     """What the keys are called that say what a data set is.
 
     Attributes:
+        split: Which part of it.
         entry: Name of the entry of a mixture; empty: the keys are those of `[multimodal]`.
     """
 
+    split: str = ""
     entry: str = ""
 
     def key(self, key: str) -> str:
@@ -48,9 +54,9 @@ class Naming:
             return f"multimodal.{key}"
         return f"multimodal.sources[{self.entry}].{_KEYS_OF_ENTRIES.get(key, key)}"
 
-    def samples(self, split: str) -> str:
-        """What the samples of a split are called as a whole."""
-        return f'source "{self.entry}"' if self.entry else f'split "{split}"'
+    def samples(self) -> str:
+        """What the samples of the split are called as a whole."""
+        return f'source "{self.entry}"' if self.entry else f'split "{self.split}"'
 
 
 def open_split(
@@ -113,12 +119,16 @@ def open_split(
         ) from error
 
 
-def keep_columns(data: AnyDataset, config: Multimodal, naming: Naming) -> AnyDataset:
-    """Leave only the columns that are read, with images as bytes and paths, not decoded.
+def keep_columns(
+    data: AnyDataset, config: Multimodal, columns: Columns, naming: Naming
+) -> AnyDataset:
+    """Leave only the columns that are read, with images and sounds as bytes and paths.
 
     Args:
         data: What `open_split` gave.
         config: The `[multimodal]` section.
+        columns: Those that are read. Alone, an image and a caption must be there; of a mixture,
+            what its entry names, and something to make documents of.
         naming: Of the keys, for the message.
 
     Raises:
@@ -127,22 +137,36 @@ def keep_columns(data: AnyDataset, config: Multimodal, naming: Naming) -> AnyDat
     names = data.column_names
     if names is None:  # a stream whose columns are known only by reading it
         names = list(next(iter(data), {}))
-    wanted = {
-        naming.key("image_column"): config.image_column,
-        naming.key("caption_column"): config.caption_column,
-    }
-    for key, column in wanted.items():
-        if column not in names:
-            raise ValueError(
-                f'{key} = "{column}": "{config.path}" has no such column; '
-                f"its columns are {', '.join(names)}."
-            )
+    for key in _missing(columns, names, is_entry=naming.entry != ""):
+        raise ValueError(
+            f'{naming.key(key)} = "{columns.called(key)}": "{config.path}" has no such column; '
+            f"its columns are {', '.join(names)}."
+        )
+    if not set(columns.content()) & set(names):
+        raise ValueError(
+            f'{naming.key("path")} = "{config.path}" has none of the columns '
+            f"{', '.join(columns.content())}; its columns are {', '.join(names)}. Set text_column, "
+            "segments_column, or caption_column with image_column or audio_column."
+        )
     features = data.features
-    kept = [name for name in names if name in (*wanted.values(), "__key__")]
+    kept = [name for name in names if name in (*columns.names(), "__key__")]
     data = cast(AnyDataset, data.select_columns(kept))
-    if features is not None and isinstance(features[config.image_column], datasets.Image):
-        return data.cast_column(config.image_column, datasets.Image(decode=False))
+    for name, feature in (features or {}).items():
+        if name in kept and (raw := undecoded(feature)) != feature:
+            data = cast(AnyDataset, data.cast_column(name, raw))
     return data
+
+
+def _missing(columns: Columns, names: Sequence[str], is_entry: bool) -> list[str]:
+    """Keys of columns that must be there and are not."""
+    if not is_entry:
+        required = ["image_column", "caption_column"]
+    else:
+        defaults = Columns()
+        required = [key for key in COLUMN_KEYS if columns.called(key) != defaults.called(key)]
+        if columns.segments not in names and {columns.image, columns.audio} & set(names):
+            required.append("caption_column")
+    return [key for key in required if columns.called(key) not in names]
 
 
 def _open_saved(path: str, split: str, key: str) -> datasets.Dataset:
@@ -156,15 +180,25 @@ def _open_saved(path: str, split: str, key: str) -> datasets.Dataset:
     return saved[split]
 
 
-def local_files(config: Multimodal) -> list[tuple[str, int]] | None:
-    """Look up the files on this machine that a data set is read from.
+@dataclass(frozen=True)
+class LocalFiles:
+    """The files on this machine that a data set is read from.
+
+    Attributes:
+        folder: All of them are below it.
+        files: Of each its name, which moves with the data, and its size in bytes, sorted; without
+            what `datasets` puts beside them to find its results again.
+    """
+
+    folder: Path
+    files: list[tuple[str, int]]
+
+
+def local_files(config: Multimodal) -> LocalFiles | None:
+    """Look up the files that a data set is read from; None: they are elsewhere, or unknown.
 
     Args:
         config: The `[multimodal]` section.
-
-    Returns:
-        Of each its name, which moves with the data, and its size in bytes, sorted; without what
-        `datasets` puts beside them to find its results again. None: it is elsewhere, or unknown.
     """
     named = Path(config.path)
     if config.data_files:
@@ -182,13 +216,14 @@ def local_files(config: Multimodal) -> list[tuple[str, int]] | None:
         root = Path(os.path.commonpath([match.parent for match in matches]))
         found = [(match.relative_to(root), match) for match in matches]
     elif named.is_file():
-        found = [(Path(named.name), named)]
+        root, found = named.parent, [(Path(named.name), named)]
     elif named.is_dir():
-        found = [(path.relative_to(named), path) for path in walk(named)]
+        root, found = named, [(path.relative_to(named), path) for path in walk(named)]
     else:
         return None
-    return sorted(
+    files = sorted(
         (name.as_posix(), path.stat().st_size)
         for name, path in found
         if not name.name.startswith("cache-")
     )
+    return LocalFiles(root, files)

@@ -12,14 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchtitan_mixtures.data.documents import (
-    COLUMN_KEYS,
-    TEXT_COLUMN,
     Columns,
     DocumentBuilder,
     find_beside,
 )
 from torchtitan_mixtures.data.source_files import DataFile, FileSettings, FileSource
 from torchtitan_mixtures.data.sources import Document
+from torchtitan_mixtures.source_entries import COLUMN_KEYS
 
 SUFFIXES = (".parquet",)
 
@@ -209,12 +208,12 @@ def _read_footer(file: DataFile, columns: Columns, settings: FileSettings) -> pq
             f"{key}: {file.path} is no Parquet file, or is damaged ({error}). Copy it again, or "
             "leave it out."
         ) from error
-    content = (columns.segments, columns.image, columns.audio, TEXT_COLUMN)
+    content = columns.content()
     if not set(content) & set(names):
         raise ValueError(
             f"{key}: {file.path} has none of the columns {', '.join(content)}; its columns are "
-            f"{', '.join(names)}. Set segments_column, or caption_column with image_column or "
-            "audio_column."
+            f"{', '.join(names)}. Set segments_column, text_column, or caption_column with "
+            "image_column or audio_column."
         )
     return footer
 

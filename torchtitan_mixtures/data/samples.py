@@ -1,22 +1,12 @@
-"""Samples of a data set made into documents; bad ones are skipped, counted and logged.
-
-Images are decoded here and not inside `datasets`, so that one broken file does not end the run.
-"""
+"""Samples of data sets: the bad ones among them counted, logged and judged; captions drawn."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from torchtitan.tools.logging import logger
-
-from torchtitan_mixtures.data.images import decode_image
-from torchtitan_mixtures.data.sources import Document, PairOrder, caption_and_image, document_rng
-
-if TYPE_CHECKING:
-    from torchtitan_mixtures.job_config import Multimodal
 
 MIN_SAMPLES = 100
 """Samples seen before the share of bad ones may stop a run; an epoch's end may stop it earlier."""
@@ -123,105 +113,6 @@ class SampleJudge:
             f"many. Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
             "Repair the data, or raise the limit."
         )
-
-
-class SampleReader:
-    """Turns the samples of one shard into documents and counts those it cannot read.
-
-    Args:
-        config: The `[multimodal]` section.
-        split: Name of the split, for messages.
-        image_size: Size that images are brought to.
-        order: Of captions and images.
-        judge: Of all shards of this process. The counts are in the checkpoint by shard, so that
-            processes with other shares of the shards add up what is theirs.
-    """
-
-    def __init__(
-        self,
-        config: Multimodal,
-        split: str,
-        image_size: int,
-        order: PairOrder,
-        judge: SampleJudge,
-    ) -> None:
-        self._config = config
-        self._split = split
-        self._image_size = image_size
-        self._judge = judge
-        self._counts = judge.new_counts()
-        self._order = order
-        named = Path(config.data_files[0] if config.data_files else config.path)
-        self._folder = named if named.is_dir() else named.parent
-
-    def read(self, sample: dict[str, Any], epoch: int, number: int | str) -> Document | None:
-        """The document of a sample, or None if the sample is bad.
-
-        Args:
-            sample: One row, its image not decoded.
-            epoch: Number of the pass, for the random choices.
-            number: What tells the sample from others of the epoch.
-        """
-        self._counts.seen += 1
-        rng = document_rng(self._config.seed, epoch, number)
-        key = self._key(sample, number)
-        try:
-            caption = choose_caption(sample.get(self._config.caption_column), rng.random())
-            value = self._resolve(sample.get(self._config.image_column))
-            image = decode_image(value, self._image_size)
-        except (ValueError, OSError) as error:  # the latter of paths no file system can have
-            self._judge.count_bad(self._counts, key, error)
-            return None
-        self._counts.good_in_epoch += 1
-        return Document(caption_and_image(rng, caption, image, self._order), key, is_pair=True)
-
-    def end_epoch(self) -> None:
-        """Tell the judge that the shard has ended an epoch."""
-        self._judge.end_epoch(self._counts)
-
-    def reject(self, document: Document, error: ValueError) -> None:
-        """Count a document that was read as a bad one; see `Shard.reject`."""
-        self._counts.good_in_epoch -= 1
-        self._judge.count_bad(self._counts, document.key, error)
-
-    def progress(self) -> dict[str, float]:
-        """How many samples were seen, and how many bad ones among them."""
-        return {"samples": self._counts.seen, "bad": self._counts.bad}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts of this shard, as plain JSON."""
-        return asdict(self._counts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue counting from a state."""
-        counts = self._counts
-        counts.seen, counts.bad = state["seen"], state["bad"]
-        counts.good_in_epoch, counts.bad_in_epoch = state["good_in_epoch"], state["bad_in_epoch"]
-        counts.bad_keys = list(state["bad_keys"])
-
-    def _resolve(self, image: Any) -> Any:
-        """Find a relative path of an image beside the data that names it.
-
-        Raises:
-            ValueError: It is the address of a page, or of something else than a file.
-        """
-        path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
-        if not isinstance(path, str):
-            return image
-        if path.startswith(("http://", "https://")):  # not "zip://...::https://..." of a stream
-            raise ValueError(f"{path} is an address and not a path; download the image first")
-        if not Path(path).exists() and (self._folder / path).is_file():
-            return str(self._folder / path)
-        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-            raise ValueError(f"{path} is no file")
-        return image
-
-    def _key(self, sample: dict[str, Any], number: int | str) -> str:
-        image = sample.get(self._config.image_column)
-        path = image.get("path") if isinstance(image, dict) else image
-        name = sample.get("__key__") or (path if isinstance(path, str) else None)
-        where = f"{self._config.path or self._config.data_files}:{self._split}[{number}]"
-        return f"{where} ({name})" if name else where
 
 
 def usable_captions(value: Any) -> list[str]:

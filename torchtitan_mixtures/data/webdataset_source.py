@@ -20,12 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from torchtitan_mixtures.data.documents import (
-    TEXT_COLUMN,
-    Columns,
-    DocumentBuilder,
-    parse_json,
-)
+from torchtitan_mixtures.data.documents import Columns, DocumentBuilder, parse_json
 from torchtitan_mixtures.data.image_files import SUFFIXES as IMAGE_SUFFIXES
 from torchtitan_mixtures.data.media import MAX_MEDIA_BYTES, decode_text
 from torchtitan_mixtures.data.source_files import DataFile, FileSettings, FileSource
@@ -152,7 +147,7 @@ def _row(group: Group) -> dict[str, Any]:
         described = parse_json(decode_text(_read(group, group.members["json"])))
         if not isinstance(described, dict):
             raise ValueError("its .json is no object")
-        row |= {name: described.get(name) for name in ("segments", "caption", TEXT_COLUMN)}
+        row |= {name: described.get(name) for name in ("segments", "caption", "text")}
         if row["segments"] is not None:
             return row
     for column, suffixes in (("image", IMAGE_SUFFIXES), ("audio", SOUND_SUFFIXES)):
@@ -161,7 +156,7 @@ def _row(group: Group) -> dict[str, Any]:
     if (member := _only(group, CAPTION_SUFFIXES)) is not None:
         text = decode_text(_read(group, member))
         is_pair = "image" in row or "audio" in row
-        row["caption" if is_pair else TEXT_COLUMN] = text.strip() if is_pair else text
+        row["caption" if is_pair else "text"] = text.strip() if is_pair else text
     if "image" not in row and "audio" not in row:
         _refuse_unknown(group)
     return row

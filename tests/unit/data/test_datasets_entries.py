@@ -117,8 +117,11 @@ def test_all_keys_of_the_fingerprint_are_those_of_the_entry(tmp_path: Path) -> N
         "multimodal.sources[mine].subset": "",
         "multimodal.sources[mine].split": "train",
         "multimodal.sources[mine].streaming": False,
-        "multimodal.sources[mine].image_column": "image",
+        "multimodal.sources[mine].segments_column": "segments",
         "multimodal.sources[mine].caption_column": "caption",
+        "multimodal.sources[mine].image_column": "image",
+        "multimodal.sources[mine].audio_column": "audio",
+        "multimodal.sources[mine].text_column": "text",
         f"{path}: samples in the split": SAMPLES,
     }
     foreign = ("path", "name", "data_files", "streaming", "train_split", "source")
@@ -127,7 +130,9 @@ def test_all_keys_of_the_fingerprint_are_those_of_the_entry(tmp_path: Path) -> N
 
 def test_data_that_are_elsewhere_are_what_their_names_say(tmp_path: Path) -> None:
     def files(path: str, *data_files: str) -> list[tuple[str, int]] | None:
-        return local_files(Multimodal(source="datasets", path=path, data_files=list(data_files)))
+        config = Multimodal(source="datasets", path=path, data_files=list(data_files))
+        found = local_files(config)
+        return found.files if found else None
 
     assert files("nobody/nothing") is None
     assert files("csv", "https://example.org/a.csv") is None

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job, load_job
 from tests.unit.data.fakes import SENTINELS, ByteTokenizer, GreyTokenizer
 from tests.unit.data.html_tree import Node, parse
-from torchtitan_mixtures.data import samples
+from torchtitan_mixtures.data import images
 from torchtitan_mixtures.data.batch_builder import BatchBuilder
 from torchtitan_mixtures.data.encoding import DocumentEncoder, Modalities
 from torchtitan_mixtures.data.images import decode_image
@@ -388,10 +388,10 @@ def test_undecodable_images_are_counted(
     decoded: list[bool] = []
 
     def spy(value: Any, size: int) -> np.ndarray:
-        decoded.append(value["bytes"] != b"no image")
+        decoded.append(value != b"no image")
         return decode_image(value, size)
 
-    monkeypatch.setattr(samples, "decode_image", spy)
+    monkeypatch.setattr(images, "decode_image", spy)
     options = ("--multimodal.source=datasets", f"--multimodal.path={folder}")
     job = debug_job("mot", *options, "--multimodal.max_bad_fraction=0.5", "--multimodal.shards=1")
     page = parse(make_page(job, 20, split))

@@ -1,0 +1,178 @@
+"""Samples that `datasets` reads made into documents; bad ones are skipped, counted and logged.
+
+Images and sounds are decoded here and not inside `datasets`, so that one broken file does not end
+the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import fsspec
+
+from torchtitan_mixtures.data.documents import DocumentBuilder, Finder
+from torchtitan_mixtures.data.media import MAX_MEDIA_BYTES
+from torchtitan_mixtures.data.samples import SampleJudge
+from torchtitan_mixtures.data.sources import Document, document_rng
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all shards of a source read samples with.
+
+    Attributes:
+        builder: Makes documents of rows.
+        find: Of the paths in rows.
+        where: What messages call the source.
+        seed: Of what is drawn inside documents.
+    """
+
+    builder: DocumentBuilder
+    find: Finder
+    where: str
+    seed: int
+
+
+class SampleReader:
+    """Turns the samples of one shard into documents and counts those it cannot read.
+
+    Args:
+        reading: See there.
+        judge: Of all shards of this process. The counts are in the checkpoint by shard, so that
+            processes with other shares of the shards add up what is theirs.
+    """
+
+    def __init__(self, reading: Reading, judge: SampleJudge) -> None:
+        self._reading = reading
+        self._judge = judge
+        self._counts = judge.new_counts()
+
+    def read(self, sample: dict[str, Any], epoch: int, number: int | str) -> Document | None:
+        """The document of a sample, or None if the sample is bad.
+
+        Args:
+            sample: One row, its images and sounds not decoded.
+            epoch: Number of the pass, for the random choices.
+            number: What tells the sample from others of the epoch.
+        """
+        self._counts.seen += 1
+        reading = self._reading
+        rng = document_rng(reading.seed, epoch, number)
+        key = self._key(sample, number)
+        try:
+            document = reading.builder.build(sample, key, rng, reading.find)
+        except (ValueError, OSError) as error:  # the latter of paths no file system can have
+            self._judge.count_bad(self._counts, key, error)
+            return None
+        self._counts.good_in_epoch += 1
+        return document
+
+    def end_epoch(self) -> None:
+        """Tell the judge that the shard has ended an epoch."""
+        self._judge.end_epoch(self._counts)
+
+    def reject(self, document: Document, error: ValueError) -> None:
+        """Count a document that was read as a bad one; see `Shard.reject`."""
+        self._counts.good_in_epoch -= 1
+        self._judge.count_bad(self._counts, document.key, error)
+
+    def progress(self) -> dict[str, float]:
+        """How many samples were seen, and how many bad ones among them."""
+        return {"samples": self._counts.seen, "bad": self._counts.bad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of this shard, as plain JSON."""
+        return asdict(self._counts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue counting from a state."""
+        counts = self._counts
+        counts.seen, counts.bad = state["seen"], state["bad"]
+        counts.good_in_epoch, counts.bad_in_epoch = state["good_in_epoch"], state["bad_in_epoch"]
+        counts.bad_keys = list(state["bad_keys"])
+
+    def _key(self, sample: dict[str, Any], number: int | str) -> str:
+        columns = self._reading.builder.columns
+        file = sample.get(columns.image) or sample.get(columns.audio)
+        path = file.get("path") if isinstance(file, dict) else file
+        name = sample.get("__key__") or (path if isinstance(path, str) else None)
+        where = f"{self._reading.where}[{number}]"
+        return f"{where} ({name})" if name else where
+
+
+def find_of_dataset(folder: Path | None, media_folder: Path | None) -> Finder:
+    """Find the files that rows of a data set name.
+
+    Rows may come from anybody: paths on this machine must lie in the folders of the data or where
+    `datasets` unpacks what it downloads, and addresses are read only of data that are remote
+    themselves, whose files have no other names.
+
+    Args:
+        folder: That of the data; None: they are not on this machine.
+        media_folder: What relative paths are relative to instead; absolute ones may be in it too.
+    """
+    base = media_folder or folder
+    allowed = [
+        os.path.abspath(root) for root in (base, folder, datasets.config.HF_CACHE_HOME) if root
+    ]
+    # What users of this folder's kind would have to do.
+    remedy = "put data and media below one folder, or set media_folder of a source of a mixture"
+
+    def find(path: str) -> Path | bytes:
+        # "zip://a.png::/data/b.zip" is a member of an archive, as streams name them.
+        chain, _, last = path.rpartition("::")
+        if "://" in last:
+            if folder is not None or last.startswith(("file:", "local:")):
+                raise ValueError(f"{path} is an address and not a path; download it first")
+            return _fetch(path)
+        absolute = os.path.abspath(os.path.join(base or "/", last))
+        if not any(_is_below(absolute, root) for root in allowed):
+            raise ValueError(f"{path} is outside of {base or 'the data'}; {remedy}")
+        if chain:
+            return _fetch(f"{chain}::{absolute}")
+        return Path(absolute)
+
+    return find
+
+
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([root, path]) == root
+
+
+def _fetch(address: str) -> bytes:
+    """Read a whole small file that is remote, or in an archive.
+
+    Raises:
+        ValueError: There is none, it cannot be read, or is too large.
+    """
+    try:
+        with cast(fsspec.core.OpenFile, fsspec.open(address, "rb")) as stream:
+            content = stream.read(MAX_MEDIA_BYTES + 1)
+    # Every file system raises classes of its own, and every archive too.
+    except Exception as error:
+        raise ValueError(f"cannot read {address} ({type(error).__name__}: {error})") from error
+    if len(content) > MAX_MEDIA_BYTES:
+        raise ValueError(f"{address} has more than {MAX_MEDIA_BYTES} bytes")
+    return content
+
+
+def undecoded(feature: Any) -> Any:
+    """The type of a column, with images and sounds in it left as files hold them.
+
+    Args:
+        feature: Of `datasets`; nested ones are lists and dictionaries.
+    """
+    if isinstance(feature, datasets.Image | datasets.Audio):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, Sequence) and not isinstance(feature, str):
+        return [undecoded(part) for part in feature]
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(undecoded(feature.feature))
+    return feature
