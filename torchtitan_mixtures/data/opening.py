@@ -13,7 +13,7 @@ import datasets
 
 from torchtitan_mixtures.data.documents import Columns
 from torchtitan_mixtures.data.sample_reader import undecoded
-from torchtitan_mixtures.data.source_files import walk
+from torchtitan_mixtures.data.source_files import COMPRESSED, walk
 from torchtitan_mixtures.source_entries import COLUMN_KEYS
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def open_split(
         return _open_saved(config.path, split, key)
     builder, data_files = config.path, config.data_files or None
     if path.is_file():
-        builder, data_files = FORMAT_OF_SUFFIX.get(path.suffix, ""), [config.path]
+        builder, data_files = _format_of(path), [config.path]
         if not builder:
             raise ValueError(
                 f'{path_key} = "{config.path}": cannot tell the format of a {path.suffix} '
@@ -117,6 +117,12 @@ def open_split(
             f'{naming.key("name")} = "{config.name}", data_files = {config.data_files}: '
             f"{error.__cause__ or error}"
         ) from error
+
+
+def _format_of(path: Path) -> str:
+    """The format in which `datasets` reads a file, packed or not; empty if nobody knows."""
+    plain = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    return FORMAT_OF_SUFFIX.get(plain[-1], "") if plain else ""
 
 
 def keep_columns(

@@ -217,7 +217,7 @@ def find_paths(settings: FileSettings, suffixes: Sequence[str]) -> list[tuple[st
             is_named = is_explicit and not match.is_dir()
             if is_named or path.name.lower().endswith((*wanted, *_compressed(wanted))):
                 found[path.relative_to(root).as_posix()] = path
-    _refuse_compressed(key, found)
+    _refuse_compressed(key, found, settings.entry.kind)
     plain = {name: path for name, path in found.items() if not _is_compressed(name)}
     if not plain:
         raise ValueError(
@@ -295,11 +295,12 @@ def _is_compressed(name: str) -> bool:
     return name.lower().endswith(COMPRESSED)
 
 
-def _refuse_compressed(key: str, found: dict[str, Path]) -> None:
+def _refuse_compressed(key: str, found: dict[str, Path], kind: str) -> None:
     """Refuse files whose middle cannot be read, unless they lie unpacked beside."""
     for name, path in found.items():
         if _is_compressed(name) and name[: name.rindex(".")] not in found:
+            other = "; or read it with kind = 'datasets'" if kind == "jsonl" else ""
             raise ValueError(
                 f"{key}: {path} is compressed, and would have to be read from its beginning after "
-                "every resumption. Decompress it (gunzip, zstd -d, ...), and use the result."
+                f"every resumption. Decompress it (gunzip, zstd -d, ...){other}."
             )

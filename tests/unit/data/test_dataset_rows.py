@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import zipfile
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_texts_alone_in_a_column_of_any_name(tmp_path: Path, streaming: bool) ->
         [("text", f"file {n}", True)] for n in range(5)
     ]
     assert not documents[0].is_pair
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_are_packed(tmp_path: Path, streaming: bool) -> None:
+    lines = b"".join(b'{"text": "line %d"}\n' % n for n in range(3))
+    (tmp_path / "a.v1.jsonl.gz").write_bytes(gzip.compress(lines))
+    documents = read(build(tmp_path / "a.v1.jsonl.gz", streaming))
+    assert [shape_of(document)[0][1] for document in documents] == ["line 0", "line 1", "line 2"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

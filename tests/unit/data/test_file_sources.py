@@ -250,11 +250,11 @@ def test_loops_of_links_end(tmp_path: Path) -> None:
     ("path", "message"),
     [
         ("nothing.jsonl", r"there is no such file or folder"),
-        ("*.none", r"it matches none"),
+        ("*.none", r"it matches none\. Correct it; relative paths start at the current folder"),
         ("x" * 300, r"cannot read .*File name too long"),
         ("texts", r"an empty source, with no files of kind 'jsonl' \(\.jsonl, \.ndjson\)"),
         ("zero", r"an empty source, its 2 files have no bytes"),
-        ("packed", r"x\.jsonl\.gz is compressed.*Decompress it"),
+        ("packed", r"x\.jsonl\.gz is compressed.*Decompress it.*or read it with kind = 'datasets'"),
         ("packed/x.jsonl.gz", r"is compressed"),
     ],
 )
