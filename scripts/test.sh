@@ -13,5 +13,5 @@ ruff format --check .
 codespell
 pyrefly check
 # Two at a time, each with one thread: most tests are too small for more, and those of several
-# processes wait more than they compute.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} pytest -n 2 --dist loadfile "$@"
+# processes wait more than they compute. In their order, which ends with short files.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,6 +9,7 @@ import torch
 
 from tests.gang import run_ranks
 from tests.jobs import debug_job
+from tests.rows import quick
 from tests.runs import QUICK, train
 from torchtitan_mixtures import checkpoint_config
 from torchtitan_mixtures.checks import check_job
@@ -37,7 +38,7 @@ def test_forty_steps_lower_the_loss(family, tmp_path):
     assert losses[40] < losses[1] - LOWER[family][0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(["mot", "mixdiff"], FAMILIES))
 def test_an_average_is_resumed_bit_for_bit(family, tmp_path):
     common = ("--metrics.no_enable_tensorboard", "--validation.no_enable", "--ema.decay=0.5",
               "--checkpoint.interval=2", "--lr_scheduler.total_steps=4",
@@ -133,9 +134,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_sound_checkpoint(family, tmp_pa
         assert checkpoint_config.read(step)["weights_only"] is False
 
 
-@pytest.mark.parametrize(
-    "option", ["full", pytest.param("selective", marks=pytest.mark.slow), "op"]
-)
+@pytest.mark.parametrize("option", quick(["op"], ["full", "selective", "op"]))
 def test_activation_checkpointing_changes_nothing(option, tmp_path):
     mode = {"full": ["--activation_checkpoint.mode=full"],
             "selective": ["--activation_checkpoint.mode=selective"],
@@ -170,7 +169,7 @@ def test_compiled_blocks_train_as_eager_ones(family, tmp_path):
         assert compiled["grad_norm"][step] == pytest.approx(eager["grad_norm"][step], rel=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(["mot", "mixdiff"], FAMILIES))
 def test_bfloat16_trains(family, tmp_path):
     for world in (1, 2):  # autocast on one process, FSDP's own casts on two
         records = run_ranks(

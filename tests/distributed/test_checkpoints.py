@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.parity import KEYS
 from tests.gang import run_ranks
+from tests.rows import quick
 from tests.runs import train, train_until
 from torchtitan_mixtures.models import FAMILIES
 
@@ -38,9 +39,9 @@ LAYOUTS = {
 MATRIX = [
     ("TP2xFSDP2", "HSDP2x2"), ("FSDP2", "1 rank"), ("1 rank", "FSDP4"),
     ("PP2", "FSDP2"), ("FSDP2", "PP2 interleaved"), ("PP2", "CP2"),
-    pytest.param("FSDP4", "TP2xFSDP2", marks=pytest.mark.slow),
-    *(pytest.param("CP2", layout, marks=pytest.mark.slow) for layout in ("TP2", "DDP2")),
+    ("FSDP4", "TP2xFSDP2"), ("CP2", "TP2"), ("CP2", "DDP2"),
 ]  # fmt: skip
+QUICK_ONES = [("TP2xFSDP2", "HSDP2x2"), ("FSDP2", "1 rank"), ("PP2", "FSDP2"), ("PP2", "CP2")]
 
 
 def run(layout: str, folder: Path | str, *options: str, stop: int | None = None) -> dict:
@@ -83,7 +84,7 @@ def assert_same_curve(found: dict, steps: list[int]) -> None:
                 assert found["scalars"][step][name] == pytest.approx(value, rel=2e-4), name
 
 
-@pytest.mark.parametrize(("before", "after"), MATRIX)
+@pytest.mark.parametrize(("before", "after"), quick(QUICK_ONES, MATRIX))
 def test_the_curve_goes_on_under_another_layout(before, after, tmp_path, saved):
     found = run(after, saved(before, tmp_path))
     assert_same_curve(found, [4, 5])
@@ -139,7 +140,7 @@ def create_seed(folder: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(["mot", "mmdit"], FAMILIES))
 def test_a_family_goes_on_with_fewer_ranks(family, tmp_path):
     """The least that every family owes; `mot` has the matrix above besides."""
     options = (family, *BASE, f"--job.dump_folder={tmp_path}")

@@ -101,10 +101,9 @@ CASES = [
     ("FSDP2", "debugmodel"),
     ("TP2", "debugmodel"),
     ("CP2", "debugmodel"),
-    ("TP2", "debugmodel_dit"),
-    pytest.param("FSDP2", "debugmodel_dit", marks=pytest.mark.slow),
-    pytest.param("CP2", "debugmodel_dit", marks=pytest.mark.slow),
-]
+    *(pytest.param(layout, "debugmodel_dit", marks=pytest.mark.slow)
+      for layout in ("FSDP2", "TP2", "CP2")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "flavor"), CASES)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.gang import run_ranks
+from tests.rows import quick
 from tests.runs import QUICK, train
 from torchtitan_mixtures.models import FAMILIES
 
@@ -48,8 +49,18 @@ def expected(tmp_path_factory):
     return {f: run(f, tmp_path_factory.mktemp(f), 4) for f in FAMILIES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", TWO_RANKS)
+# What a layout does beside sharding is the same for all families.
+ACCUMULATED = [(layout, family) for layout in TWO_RANKS for family in FAMILIES]
+QUICK_ACCUMULATED = [
+    *((layout, "mot") for layout in TWO_RANKS if layout != "FSDP2_never_reshard"),
+    *((layout, family) for layout in ("FSDP2", "DDP") for family in FAMILIES if family != "mot"),
+    ("FSDP2_compiled", "mom"),
+    ("FSDP2_cpu_offload", "mixdiff"),
+    ("FSDP2_never_reshard", "mmdit"),
+]
+
+
+@pytest.mark.parametrize(("layout", "family"), quick(QUICK_ACCUMULATED, ACCUMULATED))
 def test_every_layout_takes_the_same_steps_with_accumulation(family, layout, expected, tmp_path):
     found = run(family, tmp_path, 1, *TWO_RANKS[layout])
     for step, loss in expected[family]["loss"].items():
@@ -128,7 +139,11 @@ def one_process(tmp_path_factory):
 
 
 # Compiled blocks with TP and PP are among those with both at once.
-SLOW = ("TP2, compiled", "PP2, compiled")
+SLOW = (
+    *("TP2, compiled", "PP2, compiled"),
+    # Accumulation and recomputation are among others of these layouts.
+    *("PP2, accumulation, full AC", "CP2, accumulation, full AC", "FSDP2xPP2, accumulation"),
+)
 
 
 @pytest.mark.parametrize("layout", [

@@ -12,6 +12,7 @@ import pytest
 
 from tests.gang import free_port
 from tests.jobs import ROOT, TRAIN_CONFIGS
+from tests.rows import quick
 from torchtitan_mixtures.models import FAMILIES
 
 pytestmark = pytest.mark.e2e
@@ -42,10 +43,7 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [
-    "mot", "mixdiff", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
-                        if name not in ("mot", "mixdiff")),
-])  # fmt: skip
+@pytest.mark.parametrize("family", quick(["mot"], FAMILIES))
 def test_torchrun_trains_on_two_processes_and_writes_metrics(family, tmp_path):
     config = str(TRAIN_CONFIGS / family / "debugmodel.toml")
     output = run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.protocols.train_spec import get_train_spec
 
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
+from tests.rows import quick
 from torchtitan_mixtures import checks, device
 from torchtitan_mixtures.checks import (
     check_arguments,
@@ -259,8 +261,17 @@ def test_the_command_prints_one_message_and_no_traceback():
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["noto.png", "tokenizer.json", "codebook_32px.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+DAMAGES = list(
+    itertools.product(
+        ["missing", "corrupt"], ["noto.png", "tokenizer.json", "codebook_32px.safetensors"]
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    quick([("missing", "noto.png"), ("corrupt", "codebook_32px.safetensors")], DAMAGES),
+)
 def test_a_damaged_corpus_is_named_with_its_remedy(name, damage, tmp_path):
     # A copy of the package, so that nothing is damaged if the test is interrupted.
     package = tmp_path / "torchtitan_mixtures"

@@ -9,6 +9,7 @@ import pytest
 
 from tests.gang import run_ranks
 from tests.jobs import TRAIN_CONFIGS
+from tests.rows import quick
 from torchtitan_mixtures.planning.devices import GIB, find_device
 from torchtitan_mixtures.planning.fit import fewest_ranks_for_state, fits
 from torchtitan_mixtures.planning.step import Plan, plan_step
@@ -87,7 +88,7 @@ def test_a_header_speaks_of_every_number_of_gpus(config):
     assert counts | {count for count, _ in too_few(config)} == set(COUNTS)
 
 
-@pytest.mark.parametrize("config", QUICK)
+@pytest.mark.parametrize("config", quick(["8B_2modality"], QUICK))
 def test_a_header_carries_the_numbers_of_its_plan(config):
     plan = check(config, own_row(config))
     words = " ".join(text_of(config).replace("#", "").split())
