@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_mixtures.data.blocks import BlockSource
+from torchtitan_mixtures.data.shard_manifest import TOKENIZE_COMMAND
 from torchtitan_mixtures.data.sources import Document, PairOrder, Segment
-from torchtitan_mixtures.data.tokenized_shards import TOKENIZE_COMMAND, TokenizedShards
+from torchtitan_mixtures.data.tokenized_shards import TokenizedShards
 from torchtitan_mixtures.source_entries import SourceEntry
 
 if TYPE_CHECKING:
@@ -66,16 +67,18 @@ class TokenizedSource(BlockSource[int]):
         )
 
     def block_at(self, epoch: int, place: int) -> int:
-        """See `BlockSource.block_at`; opens the block's file, for what is wrong with it.
+        """See `BlockSource.block_at`; compares the checksums of the block.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: Its file is damaged.
         """
         block = super().block_at(epoch, place)
-        self._shards.file(bisect_right(self._block_starts, block) - 1)
+        documents = self.read_block(block)
+        file, first = self._find(documents.start)
+        self._shards.file(file).check(first, first + len(documents))
         return block
 
-    def read_block(self, block: int) -> Sequence[int]:
+    def read_block(self, block: int) -> range:
         """See `BlockSource.read_block`: the numbers of its documents."""
         file = bisect_right(self._block_starts, block) - 1
         start = self._starts[file] + (block - self._block_starts[file]) * self._block_documents

@@ -23,6 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_mixtures.data.segment_encoder import SegmentEncoder
+from torchtitan_mixtures.data.shard_manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    ShardModality,
+)
 from torchtitan_mixtures.data.tokenize_parts import (
     PartMaker,
     PartPlan,
@@ -34,14 +41,7 @@ from torchtitan_mixtures.data.tokenize_parts import (
     make_in_worker,
     start_worker,
 )
-from torchtitan_mixtures.data.tokenized_shards import (
-    FORMAT_VERSION,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    ShardModality,
-    TokenizedShards,
-)
+from torchtitan_mixtures.data.tokenized_shards import TokenizedShards
 from torchtitan_mixtures.data.tokenized_writing import FinishedPart, naming, write_whole
 
 LOCK = ".lock"

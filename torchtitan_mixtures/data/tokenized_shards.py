@@ -12,7 +12,9 @@ safetensors with six entries, all of one axis:
 - `is_pair`, uint8: 1 if its order is free (`Document.is_pair`); the text is first in the file.
 
 `manifest.json` is written last, so a folder that has one is complete. It says what the codes were
-made of and with which tokenizers, and of each file its size and checksum.
+made of and with which tokenizers, and of each file its size and checksums: of the whole, and of the
+header. That has the checksums of the entries, of `codes` one for every `CHUNK_BYTES`. So whoever
+reads some documents can check those, without reading terabytes first.
 """
 
 from __future__ import annotations
@@ -21,19 +23,13 @@ import hashlib
 import json
 import mmap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-MANIFEST = "manifest.json"
-PLAN = "plan.json"
-"""What was to be tokenised, written first. A folder that has it but no `MANIFEST` is incomplete."""
-
-FORMAT_VERSION = 1
-TOKENIZE_COMMAND = "python scripts/prepare_data.py tokenize"
+from torchtitan_mixtures.data.shard_manifest import MANIFEST, Manifest, ShardFile, shard_error
 
 CODE_DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 """What `codes` may be, by the names that safetensors has for them."""
@@ -51,146 +47,14 @@ ENTRIES = {
 """The entries of a file and what they may be made of, in the order of the file: widest first, so
 that each is aligned."""
 
-_MAX_HEADER = 1 << 24  # bytes; a header of ours has a few hundred
+CHUNK_BYTES = 1 << 20
+"""Of codes that share a checksum."""
 
+NOTE, NOTE_SHA256 = "part", "sha256 of part"
+"""Names in the header of what its file says of itself: JSON with `sha256` of the entries, and what
+`tokenized_writing.py` needs; and the checksum of that."""
 
-@dataclass(frozen=True)
-class ShardModality:
-    """A modality of shards: what made its codes, and how many there are."""
-
-    name: str
-    tokenizer: str
-    """What the configuration called it."""
-    fingerprint: str
-    vocab_size: int
-    documents: int
-    """Those with a segment of it."""
-    segments: int
-    codes: int
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One file of shards."""
-
-    file: str
-    bytes: int
-    sha256: str
-    documents: int
-    segments: int
-    codes: dict[str, int]
-    """Of each modality."""
-
-    @property
-    def num_codes(self) -> int:
-        """Codes of all modalities."""
-        return sum(self.codes.values())
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says."""
-
-    documents: int
-    modalities: tuple[ShardModality, ...]
-    files: tuple[ShardFile, ...]
-    source: dict[str, Any]
-    """Name and settings of what was tokenised."""
-    samples: int
-    """Of the source, bad ones too."""
-    bad_samples: int
-    """Those skipped."""
-    bad_keys: tuple[str, ...]
-    """Some of them."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is written."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
-
-    @staticmethod
-    def read(folder: Path) -> Manifest:
-        """Read and check `manifest.json`.
-
-        Raises:
-            ValueError: There is none, or it is corrupt or of another version; says what to do.
-        """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise _missing_manifest(folder)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content.pop("format_version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise shard_error(path, f"is corrupt ({error!r})") from None
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: has format version {version!r}, and this program reads "
-                f"{FORMAT_VERSION}; use the program that wrote it, or tokenize again into a new "
-                f"folder with `{TOKENIZE_COMMAND}`."
-            )
-        try:
-            content["modalities"] = tuple(ShardModality(**m) for m in content["modalities"])
-            content["files"] = tuple(ShardFile(**f) for f in content["files"])
-            content["bad_keys"] = tuple(content["bad_keys"])
-            manifest = Manifest(**content)
-            manifest._check()
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise shard_error(path, f"is corrupt ({error})") from None
-        return manifest
-
-    def _check(self) -> None:
-        for part in (self, *self.modalities, *self.files):
-            _check_types(part)
-        names = [modality.name for modality in self.modalities]
-        if not 0 < len(set(names)) == len(names) <= 256:
-            raise ValueError(f"modalities {names}")
-        for file in self.files:
-            if Path(file.file).name != file.file or set(file.codes) - set(names):
-                raise ValueError(f"file {file.file!r} with codes of {', '.join(file.codes)}")
-            if not all(type(n) is int and n >= 0 for n in file.codes.values()):
-                raise ValueError(f"file {file.file!r} with codes {file.codes}")
-        if len({file.file for file in self.files}) < len(self.files):
-            raise ValueError("a file is named twice")
-        totals = {m.name: m.codes for m in self.modalities}
-        found = {name: sum(file.codes.get(name, 0) for file in self.files) for name in names}
-        documents = sum(file.documents for file in self.files)
-        segments = sum(file.segments for file in self.files)
-        if (totals, self.documents, sum(m.segments for m in self.modalities)) != (
-            found,
-            documents,
-            segments,
-        ):
-            raise ValueError("its totals are not those of its files")
-
-
-def _check_types(part: Any) -> None:
-    """Check that fields are what they are declared to be, and that numbers count something."""
-    hints = get_type_hints(type(part))
-    for field in fields(part):
-        value, kind = getattr(part, field.name), hints[field.name]
-        kind = getattr(kind, "__origin__", kind)
-        if type(value) is not kind or (kind is int and value < 0):
-            raise ValueError(f"{field.name} = {value!r}")
-
-
-def shard_error(path: Path, problem: str) -> ValueError:
-    """What is wrong with a file of shards, and how to make it anew."""
-    return ValueError(
-        f"{path}: {problem}. Delete it and {MANIFEST} and run `{TOKENIZE_COMMAND}` as before, "
-        "which writes what is missing; or copy the folder again."
-    )
-
-
-def _missing_manifest(folder: Path) -> ValueError:
-    if (folder / PLAN).is_file():
-        return ValueError(
-            f"{folder}: its shards are not complete; run `{TOKENIZE_COMMAND}` as before, which "
-            "goes on where it ended."
-        )
-    problem = f"has no {MANIFEST}" if folder.is_dir() else "no such folder"
-    return ValueError(
-        f"{folder}: {problem}; name a folder that `{TOKENIZE_COMMAND}` wrote, or write one."
-    )
+_MAX_HEADER = 1 << 24  # bytes; a header of ours has a few hundred, and 70 for every chunk
 
 
 class ShardHeader(NamedTuple):
@@ -198,9 +62,12 @@ class ShardHeader(NamedTuple):
 
     entries: dict[str, tuple[np.dtype, int, int]]
     """Type, number of items, and the byte of the file at which they begin."""
-    notes: dict[str, str]
+    note: dict[str, Any]
+    """What the file says of itself."""
     size: int
     """Bytes of the file."""
+    sha256: str
+    """Of all before the entries."""
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -223,6 +90,9 @@ def read_header(path: Path) -> ShardHeader:
     try:
         header = json.loads(content)
         notes = header.pop("__metadata__")
+        if hashlib.sha256(notes[NOTE].encode()).hexdigest() != notes[NOTE_SHA256]:
+            raise ValueError("the checksum of its notes is not theirs")
+        note = json.loads(notes[NOTE])
         entries = {name: _parse_entry(header[name], ENTRIES[name]) for name in header}
         if set(entries) != set(ENTRIES):
             raise ValueError(f"entries {', '.join(entries)}")
@@ -237,7 +107,8 @@ def read_header(path: Path) -> ShardHeader:
         raise shard_error(path, f"is no file of shards ({error})") from None
     if begin + 8 + length != size:
         raise shard_error(path, f"has {size} bytes, and its header says {begin + 8 + length}")
-    return ShardHeader(entries, notes, size)
+    digest = hashlib.sha256(length.to_bytes(8, "little") + content).hexdigest()
+    return ShardHeader(entries, note, size, digest)
 
 
 def _parse_entry(entry: Any, dtypes: Mapping[str, np.dtype]) -> tuple[np.dtype, int, int]:
@@ -261,7 +132,7 @@ class StoredDocument(NamedTuple):
 
 
 class OpenShard:
-    """One file, memory-mapped; its checksum was found to be right.
+    """One file, memory-mapped. What is read of it was found to have the right checksum.
 
     Args:
         path: The file.
@@ -276,13 +147,16 @@ class OpenShard:
         header = read_header(path)
         check_file(path, header, expected)
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                raise shard_error(path, f"is damaged: its checksum is not that of {MANIFEST}")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = {
             name: np.frombuffer(data, dtype, count, start)
             for name, (dtype, count, start) in header.entries.items()
         }
+        self._path = path
+        self._sums: list[str | None] = list(_sums_of(path, header)["codes"])  # None: was compared
+        for name, sha256 in _sums_of(path, header).items():
+            if name != "codes" and hashlib.sha256(arrays[name].data).hexdigest() != sha256:
+                raise _damaged(path, name)
         self._codes = arrays["codes"]
         self._modality, self._loss = arrays["segment_modality"], arrays["segment_loss"]
         self._segment_ends, self._document_ends = arrays["segment_ends"], arrays["document_ends"]
@@ -293,12 +167,43 @@ class OpenShard:
         if len(self._modality) and int(self._modality.max()) >= num_modalities:
             raise shard_error(path, "is no file of shards (it has an unknown modality)")
 
+    def check(self, first: int, end: int) -> None:
+        """Compare the checksums of documents, if that has not been done.
+
+        Args:
+            first: Number in the file.
+            end: Of the one behind the last.
+
+        Raises:
+            ValueError: They are damaged.
+        """
+        if first == end:
+            return
+        first_segment = _limits(self._document_ends, first)[0]
+        last_segment = _limits(self._document_ends, end - 1)[1]
+        if first_segment == last_segment:
+            return
+        size = self._codes.itemsize
+        begin = _limits(self._segment_ends, first_segment)[0] * size
+        stop = int(self._segment_ends[last_segment - 1]) * size
+        for chunk in range(begin // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
+            if (expected := self._sums[chunk]) is None:
+                continue
+            part = slice(chunk * CHUNK_BYTES // size, (chunk + 1) * CHUNK_BYTES // size)
+            if hashlib.sha256(self._codes[part].data).hexdigest() != expected:
+                raise _damaged(self._path, "codes")
+            self._sums[chunk] = None
+
     def read(self, number: int) -> StoredDocument:
         """Read a document.
 
         Args:
             number: In the file.
+
+        Raises:
+            ValueError: It is damaged.
         """
+        self.check(number, number + 1)
         first, last = _limits(self._document_ends, number)
         ends = self._segment_ends[first:last].tolist()
         begin = _limits(self._segment_ends, first)[0] if ends else 0
@@ -316,7 +221,7 @@ class OpenShard:
 
 
 def check_file(path: Path, header: ShardHeader, expected: ShardFile) -> None:
-    """Check that a file is as long as the manifest says and holds what it says.
+    """Check that a file is as long as the manifest says, and that its header is that of then.
 
     Raises:
         ValueError: It does not.
@@ -335,6 +240,30 @@ def check_file(path: Path, header: ShardHeader, expected: ShardFile) -> None:
                 f"belongs to other shards: {name} has {header.entries[name][1]} items, and "
                 f"{MANIFEST} says {count}",
             )
+    if header.sha256 != expected.header_sha256:
+        raise shard_error(path, f"is damaged: its checksum is not that of {MANIFEST}")
+
+
+def _sums_of(path: Path, header: ShardHeader) -> dict[str, Any]:
+    """The checksums of the entries of a file.
+
+    Raises:
+        ValueError: They are not there.
+    """
+    sums = header.note.get("sha256")
+    dtype, count, _ = header.entries["codes"]
+    if (
+        not isinstance(sums, dict)
+        or set(sums) != set(ENTRIES)
+        or not isinstance(sums["codes"], list)
+        or len(sums["codes"]) != -(-count * dtype.itemsize // CHUNK_BYTES)
+    ):
+        raise shard_error(path, "is no file of shards (it has no checksums)")
+    return sums
+
+
+def _damaged(path: Path, name: str) -> ValueError:
+    return shard_error(path, f"is damaged: the checksum of its {name} is another one")
 
 
 def _limits(ends: NDArray[np.uint64], number: int) -> tuple[int, int]:
@@ -351,8 +280,8 @@ def _are_ends(ends: NDArray[np.uint64], count: int) -> bool:
 class TokenizedShards:
     """A folder of shards. Opening it reads the manifest and the headers of the files.
 
-    A file is mapped when a document of it is first read in a process; its checksum is compared
-    then, which reads it once.
+    A file is mapped when a document of it is first read in a process; checksums are compared of
+    what is read.
 
     Args:
         folder: Has a `manifest.json`.

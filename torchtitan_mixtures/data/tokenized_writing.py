@@ -18,16 +18,17 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchtitan_mixtures.data.shard_manifest import ShardFile, shard_error
 from torchtitan_mixtures.data.tokenized_shards import (
+    CHUNK_BYTES,
     ENTRIES,
-    ShardFile,
+    NOTE,
+    NOTE_SHA256,
     read_header,
-    shard_error,
 )
 
 _FLUSHED_CODES = 1 << 20  # written at a time
 _COPIED_BYTES = 1 << 20
-_NOTE, _NOTE_SHA256 = "part", "sha256 of part"  # in the header
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ class ShardWriter:
         with naming(self._path):
             sizes = {name: items.nbytes for name, items in arrays.items()}
             sizes["codes"] = self._codes.tell()
-            sums = {name: hashlib.sha256(items.data).hexdigest() for name, items in arrays.items()}
+            sums: dict[str, Any] = {
+                name: hashlib.sha256(items.data).hexdigest() for name, items in arrays.items()
+            }
             sums["codes"] = self._hash_codes()
         note = {**asdict(notes), "counts": asdict(counts), "sha256": sums}
         header = self._header(sizes, json.dumps(note))
@@ -149,6 +152,7 @@ class ShardWriter:
                 self._path.name,
                 8 + len(header) + sum(sizes.values()),
                 _hash_file(self._path),
+                hashlib.sha256(len(header).to_bytes(8, "little") + header).hexdigest(),
                 len(self._is_pair),
                 len(self._lengths),
                 counts.codes,
@@ -163,13 +167,14 @@ class ShardWriter:
                 self._codes.write(np.concatenate(self._waiting).astype(self._dtype).data)
         self._waiting, self._num_waiting = [], 0
 
-    def _hash_codes(self) -> str:
+    def _hash_codes(self) -> list[str]:
         self._codes.seek(0)
-        return hashlib.file_digest(self._codes, "sha256").hexdigest()
+        chunks = iter(lambda: self._codes.read(CHUNK_BYTES), b"")
+        return [hashlib.sha256(chunk).hexdigest() for chunk in chunks]
 
     def _header(self, sizes: Mapping[str, int], note: str) -> bytes:
         checksum = hashlib.sha256(note.encode()).hexdigest()
-        header: dict[str, Any] = {"__metadata__": {_NOTE: note, _NOTE_SHA256: checksum}}
+        header: dict[str, Any] = {"__metadata__": {NOTE: note, NOTE_SHA256: checksum}}
         begin = 0
         for name, dtypes in ENTRIES.items():
             code = next(c for c in dtypes if name != "codes" or dtypes[c] == self._dtype)
@@ -227,14 +232,11 @@ def inspect_part(path: Path, plan: str, part: int) -> FinishedPart:
         ValueError: It is damaged, or is of something else.
     """
     header = read_header(path)
+    note = dict(header.note)
     try:
-        content = header.notes[_NOTE]
-        if hashlib.sha256(content.encode()).hexdigest() != header.notes[_NOTE_SHA256]:
-            raise shard_error(path, "is damaged: the checksum of its notes is not its own")
-        note = json.loads(content)
         sums, counts = note.pop("sha256"), PartCounts(**note.pop("counts"))
         notes = PartNotes(**note)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise shard_error(path, f"is no part of shards ({error!r})") from None
     if (notes.plan, notes.part) != (plan, part):
         raise shard_error(path, "was made with other settings")
@@ -243,17 +245,25 @@ def inspect_part(path: Path, plan: str, part: int) -> FinishedPart:
         whole.update(file.read(min(start for _, _, start in header.entries.values())))
         for name in ENTRIES:
             dtype, count, _ = header.entries[name]
+            found = []
             own = hashlib.sha256()
             left = count * dtype.itemsize
-            while left and (chunk := file.read(min(left, _COPIED_BYTES))):
+            while left and (chunk := file.read(min(left, CHUNK_BYTES))):
                 left -= len(chunk)
                 own.update(chunk)
                 whole.update(chunk)
-            if own.hexdigest() != sums.get(name):
-                raise shard_error(path, f"is damaged: the checksum of {name} is not its own")
+                found.append(hashlib.sha256(chunk).hexdigest() if name == "codes" else "")
+            if (found if name == "codes" else own.hexdigest()) != sums.get(name):
+                raise shard_error(path, f"is damaged: the checksum of its {name} is another one")
     documents, segments = header.entries["is_pair"][1], header.entries["segment_loss"][1]
     file_entry = ShardFile(
-        path.name, header.size, whole.hexdigest(), documents, segments, counts.codes
+        path.name,
+        header.size,
+        whole.hexdigest(),
+        header.sha256,
+        documents,
+        segments,
+        counts.codes,
     )
     return FinishedPart(file_entry, counts, notes)
 

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from tests.unit.data.fakes import ByteTokenizer, GreyTokenizer
 from torchtitan_mixtures.data.blocks import BlockSource
 from torchtitan_mixtures.data.mixture import SourceTokenizers
+from torchtitan_mixtures.data.shard_manifest import MANIFEST, Manifest, ShardModality
 from torchtitan_mixtures.data.sources import Document, PairOrder, Segment
 from torchtitan_mixtures.data.tokenize_parts import Tokenizable
-from torchtitan_mixtures.data.tokenized_shards import MANIFEST, Manifest, ShardModality
 from torchtitan_mixtures.data.tokenized_writing import PartNotes, inspect_part, open_writer
 
 

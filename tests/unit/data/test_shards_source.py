@@ -26,9 +26,7 @@ from torchtitan_mixtures.data.encoding import Modalities
 from torchtitan_mixtures.data.shards_source import TokenizedSource, build_shards_source
 from torchtitan_mixtures.data.sources import PairOrder, Segment
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
-from torchtitan_mixtures.data.tokenized_shards import (
-    TokenizedShards,
-)
+from torchtitan_mixtures.data.tokenized_shards import TokenizedShards
 from torchtitan_mixtures.multimodal_config import Multimodal
 from torchtitan_mixtures.source_entries import SourceEntry
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from torchtitan_mixtures.data.mixture import SourceTokenizers, build_ingredients
+from torchtitan_mixtures.data.shard_manifest import MANIFEST, PLAN
 from torchtitan_mixtures.data.tokenize_job import job_recipe, open_job_source
 from torchtitan_mixtures.data.tokenize_parts import files_state
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
-from torchtitan_mixtures.data.tokenized_shards import MANIFEST, PLAN
 from torchtitan_mixtures.multimodal_config import Multimodal
 
 JOB = """

@@ -26,6 +26,7 @@ from tests.unit.data.shard_fakes import (
 from torchtitan_mixtures.data import tokenize_parts
 from torchtitan_mixtures.data.mixture import build_source
 from torchtitan_mixtures.data.segment_encoder import SegmentEncoder
+from torchtitan_mixtures.data.shard_manifest import MANIFEST, Manifest
 from torchtitan_mixtures.data.sources import Document, IndexedShard, IndexedSource, Segment
 from torchtitan_mixtures.data.tokenize_parts import (
     PartMaker,
@@ -35,7 +36,6 @@ from torchtitan_mixtures.data.tokenize_parts import (
     count_parts,
 )
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
-from torchtitan_mixtures.data.tokenized_shards import MANIFEST, Manifest
 from torchtitan_mixtures.data.tokenized_writing import FinishedPart
 from torchtitan_mixtures.multimodal_config import Multimodal
 

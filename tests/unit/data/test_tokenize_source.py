@@ -30,11 +30,11 @@ from tests.unit.data.shard_fakes import (
 )
 from torchtitan_mixtures.data.mixture import SourceTokenizers
 from torchtitan_mixtures.data.segment_encoder import SegmentEncoder
+from torchtitan_mixtures.data.shard_manifest import MANIFEST, PLAN, Manifest
 from torchtitan_mixtures.data.tokenize_parts import (
     Tokenizable,
 )
 from torchtitan_mixtures.data.tokenize_source import LOCK, Tokenizing, tokenize
-from torchtitan_mixtures.data.tokenized_shards import MANIFEST, PLAN, Manifest
 
 
 def run(out: Path, recipe: Callable[[], Tokenizable] = open_toy, **options: Any) -> Manifest:

@@ -22,12 +22,9 @@ from tests.unit.data.shard_fakes import (
     read_naively,
     write_shards,
 )
+from torchtitan_mixtures.data.shard_manifest import MANIFEST, PLAN
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
-from torchtitan_mixtures.data.tokenized_shards import (
-    MANIFEST,
-    PLAN,
-    TokenizedShards,
-)
+from torchtitan_mixtures.data.tokenized_shards import CHUNK_BYTES, TokenizedShards
 
 code_lists = st.lists(st.integers(0, 65535), max_size=5)
 documents_lists = st.lists(
@@ -95,8 +92,30 @@ def test_opening_reads_headers_only_and_reading_compares_checksums(copied: Path)
     path.write_bytes(octets)
     shards = TokenizedShards(copied)
     shards.file(0)
-    with pytest.raises(ValueError, match=r"shard-000001\S*: is damaged: its checksum.*Delete it"):
+    with pytest.raises(ValueError, match=r"shard-000001\S*: is damaged: the checksum.*Delete it"):
         shards.file(1)
+
+
+def test_codes_are_compared_as_far_as_they_are_read(tmp_path: Path) -> None:
+    chunk = CHUNK_BYTES // 2  # codes
+    lengths = [chunk - 10, 20, chunk, 0, chunk // 2]
+    documents: list[Plain] = [([("text", [7] * length, True)], False) for length in lengths]
+    write_shards(tmp_path, documents)
+    path = tmp_path / "shard-000000.safetensors"
+    octets = bytearray(path.read_bytes())
+    codes = len(octets) - 3 * len(lengths) - 2 * sum(lengths)  # the last but three of bytes
+    octets[codes + 2 * (chunk + 100)] ^= 4  # in the third document, and in the second chunk
+    path.write_bytes(octets)
+    file = TokenizedShards(tmp_path).file(0)
+    assert len(file.read(0).codes[0]) == lengths[0]
+    assert file.read(3).codes[0].tolist() == []
+    assert file.read(4).codes[0].tolist() == [7] * lengths[4]  # all in the third chunk
+    file.check(0, 1)
+    for number in (1, 2):
+        with pytest.raises(ValueError, match="is damaged: the checksum of its codes is another"):
+            file.read(number)
+    with pytest.raises(ValueError, match="is damaged"):
+        file.check(0, 5)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +176,7 @@ def test_no_flipped_bit_of_a_file_or_manifest_gives_other_documents(
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda m: m.update(format_version=2), "format version 2, and this program reads 1"),
+        (lambda m: m.update(format_version=1), "format version 1, and this program reads 2"),
         (lambda m: m.pop("format_version"), "is corrupt"),
         (lambda m: m.pop("files"), "is corrupt"),
         (lambda m: m.update(extra=1), "is corrupt .*extra"),
