@@ -23,7 +23,7 @@ BLOCK_DOCUMENTS = 256
 """Documents of a block; fewer if they are long, or if there are few."""
 
 _BLOCK_CODES = 1 << 20
-_MANY_BLOCKS = 1024  # enough for shards to be dealt evenly
+_MANY_BLOCKS = 256  # enough for shards to be dealt evenly
 
 
 class TokenizedSource(BlockSource[int]):
