@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import pyarrow as pa
 from datasets.distributed import split_dataset_by_node
 
 from torchtitan_mixtures.data.documents import Columns, DocumentBuilder
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 SHUFFLE_BLOCK = 1024
 """Samples of a stream that are shuffled together; still undecoded while they wait."""
+
+SHUFFLE_BYTES = 1 << 26
+"""Of them at most, but for the last."""
 
 _IDENTITY = ("image_column", "caption_column", "source", "path", "data_files")
 """Keys that say where documents are, if they are those of `[multimodal]` and not of an entry."""
@@ -81,7 +84,7 @@ class MappedSource(IndexedSource):
 
     def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
         """See `Source.shards`."""
-        readers = _readers(len(indices), *self._reading)
+        readers = _readers(len(indices), count, *self._reading)
         return [
             MappedShard(self, index, count, self._data, reader)
             for index, reader in zip(indices, readers, strict=True)
@@ -104,7 +107,10 @@ class MappedShard(IndexedShard):
         reader: SampleReader,
     ) -> None:
         super().__init__(
-            source, index, count, lambda epoch, place: reader.read(data[place], epoch, place)
+            source,
+            index,
+            count,
+            lambda epoch, place: reader.read(lambda: data[place], epoch, place),
         )
         self._reader = reader
 
@@ -165,7 +171,7 @@ class StreamedSource:
 
     def shards(self, indices: Sequence[int], count: int) -> list[StreamedShard]:
         """See `Source.shards`."""
-        readers = _readers(len(indices), *self._reading)
+        readers = _readers(len(indices), count, *self._reading)
         return [
             StreamedShard(self, index, count, reader)
             for index, reader in zip(indices, readers, strict=True)
@@ -212,7 +218,9 @@ class StreamedShard:
         limit = self._source.max_epochs if self._source.is_endless else 1
         while not limit or self._epoch < limit:
             for number, sample in self._epoch_samples():
-                document = self._reader.read(sample, self._epoch, f"{self._index}.{number}")
+                document = self._reader.read(
+                    lambda row=sample: row, self._epoch, f"{self._index}.{number}"
+                )
                 if document is not None:
                     yield document
             self._require_samples()
@@ -248,16 +256,14 @@ class StreamedShard:
         self._block_start, self._num_taken = state["block_start"], state["num_taken"]
         self._reader.load_state_dict(state["counts"])
 
-    def _epoch_samples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _epoch_samples(self) -> Iterator[tuple[str, pa.Table]]:
         """The rest of this epoch: samples with a number, counted as taken before each yield."""
         data = self._source.epoch_data(self._epoch, self._index, self._count)
         if self._block_start is not None:
             data.load_state_dict(self._block_start)
         # `iter` and not `__iter__`, which would split by worker once more.
-        rows = (
-            {name: values[0] for name, values in batch.items()} for batch in data.iter(batch_size=1)
-        )
-        while block := list(islice(rows, self._block_size())):
+        rows = iter(data.iter(batch_size=1))
+        while block := self._next_block(rows):
             next_start = data.state_dict()
             order = range(len(block))
             if self._source.is_endless:
@@ -267,6 +273,30 @@ class StreamedShard:
                 self._num_taken += 1
                 yield f"{self._block}.{place}", block[place]
             self._block, self._block_start, self._num_taken = self._block + 1, next_start, 0
+
+    def _next_block(self, rows: Iterator[pa.Table]) -> list[pa.Table]:
+        """Read the samples of a block, each a table of one row.
+
+        Raises:
+            ValueError: A file cannot be read; nothing behind that place can.
+        """
+        block: list[pa.Table] = []
+        size, wanted = 0, self._block_size()
+        try:
+            while len(block) < wanted and size < SHUFFLE_BYTES and (row := next(rows, None)):
+                block.append(row)
+                size += row.nbytes
+        # Every format has classes of errors of its own, and none says in which file.
+        except Exception as error:
+            naming = self._source.naming
+            raise ValueError(
+                f"{naming.key('path')} = {self._source.path!r}: shard {self._index} of "
+                f"{self._count} cannot be read on behind {self._reader.progress()['samples']} "
+                f"samples and {len(block)} more ({type(error).__name__}: {error}). Repair or "
+                "leave out the file; of a mixture, kinds jsonl, parquet and webdataset skip and "
+                "count what is bad."
+            ) from error
+        return block
 
     def _block_size(self) -> int:
         if self._block > 0 or not self._source.is_endless:
@@ -327,11 +357,11 @@ def build_datasets_source(
 
 
 def _readers(
-    count: int, reading: Reading, max_bad_fraction: float, naming: Naming
+    num_own: int, count: int, reading: Reading, max_bad_fraction: float, naming: Naming
 ) -> list[SampleReader]:
     """Readers of all shards of one process, which are judged together."""
-    judge = SampleJudge(max_bad_fraction, naming.samples())
-    return [SampleReader(reading, judge) for _ in range(count)]
+    judge = SampleJudge(max_bad_fraction, naming.samples(), is_alone=num_own == count)
+    return [SampleReader(reading, judge) for _ in range(num_own)]
 
 
 def _identity(

@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
+import pyarrow as pa
 
 from torchtitan_mixtures.data.documents import Columns
 from torchtitan_mixtures.data.sample_reader import undecoded
@@ -91,7 +92,7 @@ def open_split(
         # `datasets` would ask the hub, for minutes if there is no network.
         raise ValueError(f'{path_key} = "{config.path}": there is no such file or folder.')
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _open_saved(config.path, split, key)
+        return _open_saved(config.path, split, key, path_key)
     builder, data_files = config.path, config.data_files or None
     if path.is_file():
         builder, data_files = _format_of(path), [config.path]
@@ -109,7 +110,8 @@ def open_split(
             split=split,
             streaming=config.streaming,
         )
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    # Every format has classes of errors of its own: a cut .gz is an EOFError.
+    except Exception as error:
         # `datasets` says what is wrong (it lists the splits, the configurations) but not where the
         # value came from.
         raise ValueError(
@@ -142,7 +144,15 @@ def keep_columns(
     """
     names = data.column_names
     if names is None:  # a stream whose columns are known only by reading it
-        names = list(next(iter(data), {}))
+        try:
+            names = list(next(iter(data), {}))
+        # Every format has classes of errors of its own.
+        except Exception as error:
+            raise ValueError(
+                f'{naming.key("path")} = "{config.path}": its first rows cannot be read '
+                f"({type(error).__name__}: {error}). Repair or leave out the file; of a mixture, "
+                "kinds jsonl, parquet and webdataset skip and count what is bad."
+            ) from error
     for key in _missing(columns, names, is_entry=naming.entry != ""):
         raise ValueError(
             f'{naming.key(key)} = "{columns.called(key)}": "{config.path}" has no such column; '
@@ -160,7 +170,9 @@ def keep_columns(
     for name, feature in (features or {}).items():
         if name in kept and (raw := undecoded(feature)) != feature:
             data = cast(AnyDataset, data.cast_column(name, raw))
-    return data
+    # As tables: a row with text that is not UTF-8 can be told from others. A format that was saved
+    # with the data is no matter then.
+    return data.with_format("arrow")
 
 
 def _missing(columns: Columns, names: Sequence[str], is_entry: bool) -> list[str]:
@@ -172,18 +184,38 @@ def _missing(columns: Columns, names: Sequence[str], is_entry: bool) -> list[str
         required = [key for key in COLUMN_KEYS if columns.called(key) != defaults.called(key)]
         if columns.segments not in names and {columns.image, columns.audio} & set(names):
             required.append("caption_column")
-    return [key for key in required if columns.called(key) not in names]
+    return [key for key in required if columns.called(key) not in (*names, "")]
 
 
-def _open_saved(path: str, split: str, key: str) -> datasets.Dataset:
-    saved = datasets.load_from_disk(path)
-    if isinstance(saved, datasets.Dataset):  # one split, saved alone
-        saved = {str(saved.split or "train"): saved}
-    if split not in saved:
+def _open_saved(path: str, split: str, key: str, path_key: str) -> datasets.Dataset:
+    try:
+        saved = datasets.load_from_disk(path)
+    # Damage shows as an error of Arrow, of JSON or of the system, and as a lack of keys or items.
+    except (pa.ArrowException, ValueError, OSError, LookupError, TypeError) as error:
         raise ValueError(
-            f'{key}: "{path}" has no split "{split}"; its splits are {", ".join(map(str, saved))}.'
-        )
-    return saved[split]
+            f'{path_key} = "{path}": the folder that save_to_disk wrote is empty or damaged '
+            f"({type(error).__name__}: {error}). Save it again, or copy it again."
+        ) from error
+    if isinstance(saved, datasets.Dataset):  # one split, saved alone
+        saved = datasets.DatasetDict({str(saved.split or "train"): saved})
+    try:
+        lengths = {str(name): len(part) for name, part in saved.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f'{key}: "{path}" has no split "{split}"; its splits are {", ".join(map(str, saved))}, '
+            f'and a slice is "train[:90%]" ({error}).'
+        ) from error
+    chosen: list[datasets.Dataset] = []
+    for part in parts:
+        data: Any = saved[part.splitname]
+        if part.from_ is not None or part.to is not None:
+            end = len(data) if part.to is None else part.to
+            data = data.select(range(part.from_ or 0, end))
+        chosen.append(data)
+    if len(chosen) == 1:
+        return chosen[0]
+    return cast(datasets.Dataset, datasets.concatenate_datasets(chosen))
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,22 @@ the run.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import fsspec
+import pyarrow as pa
 
 from torchtitan_mixtures.data.documents import DocumentBuilder, Finder
 from torchtitan_mixtures.data.media import MAX_MEDIA_BYTES
 from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.sources import Document, document_rng
+
+_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
+"""What `datasets` looks into while it streams, by the names of `fsspec`."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,29 @@ class SampleReader:
         self._judge = judge
         self._counts = judge.new_counts()
 
-    def read(self, sample: dict[str, Any], epoch: int, number: int | str) -> Document | None:
+    def read(self, fetch: Callable[[], pa.Table], epoch: int, number: int | str) -> Document | None:
         """The document of a sample, or None if the sample is bad.
 
         Args:
-            sample: One row, its images and sounds not decoded.
+            fetch: Gets the one row, its images and sounds not decoded.
             epoch: Number of the pass, for the random choices.
             number: What tells the sample from others of the epoch.
         """
         self._counts.seen += 1
         reading = self._reading
         rng = document_rng(reading.seed, epoch, number)
-        key = self._key(sample, number)
+        key = f"{reading.where}[{number}]"
         try:
+            (sample,) = fetch().to_pylist()  # fails on text that is not UTF-8
+            key = self._key(sample, key)
             document = reading.builder.build(sample, key, rng, reading.find)
-        except (ValueError, OSError) as error:  # the latter of paths no file system can have
+        # OSError: of files that are cut, and of paths no file system can have.
+        except (ValueError, OSError) as error:
             self._judge.count_bad(self._counts, key, error)
             return None
+        # What else goes wrong is a mistake of ours, of a worker process at that: say with what.
+        except Exception as error:
+            raise ValueError(f"{key}: {type(error).__name__}: {error}") from error
         self._counts.good_in_epoch += 1
         return document
 
@@ -96,12 +106,11 @@ class SampleReader:
         counts.good_in_epoch, counts.bad_in_epoch = state["good_in_epoch"], state["bad_in_epoch"]
         counts.bad_keys = list(state["bad_keys"])
 
-    def _key(self, sample: dict[str, Any], number: int | str) -> str:
+    def _key(self, sample: dict[str, Any], where: str) -> str:
         columns = self._reading.builder.columns
         file = sample.get(columns.image) or sample.get(columns.audio)
         path = file.get("path") if isinstance(file, dict) else file
         name = sample.get("__key__") or (path if isinstance(path, str) else None)
-        where = f"{self._reading.where}[{number}]"
         return f"{where} ({name})" if name else where
 
 
@@ -125,16 +134,20 @@ def find_of_dataset(folder: Path | None, media_folder: Path | None) -> Finder:
 
     def find(path: str) -> Path | bytes:
         # "zip://a.png::/data/b.zip" is a member of an archive, as streams name them.
-        chain, _, last = path.rpartition("::")
-        if "://" in last:
-            if folder is not None or last.startswith(("file:", "local:")):
-                raise ValueError(f"{path} is an address and not a path; download it first")
+        *inner, last = path.split("::")
+        scheme, is_address, _ = last.rpartition("://")
+        is_refused = folder is not None or scheme.lower() in ("", "file", "local", *_ARCHIVES)
+        if (is_address and is_refused) or not all(
+            part.partition("://")[0] in _ARCHIVES for part in inner
+        ):
+            raise ValueError(f"{path} is an address and not a path; download it first")
+        if is_address:
             return _fetch(path)
         absolute = os.path.abspath(os.path.join(base or "/", last))
         if not any(_is_below(absolute, root) for root in allowed):
             raise ValueError(f"{path} is outside of {base or 'the data'}; {remedy}")
-        if chain:
-            return _fetch(f"{chain}::{absolute}")
+        if inner:
+            return _fetch("::".join([*inner, absolute]))
         return Path(absolute)
 
     return find

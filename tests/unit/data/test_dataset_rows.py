@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from datasets import Audio, Dataset, Features, Image, List, Value
 
 from tests.unit.data.file_fakes import RATE, SIZE, content_of, open_source, picture, sound
-from torchtitan_mixtures.data import sample_reader
+from torchtitan_mixtures.data import datasets_source, sample_reader
 from torchtitan_mixtures.data.datasets_source import build_datasets_source
 from torchtitan_mixtures.data.media import MediaReader
 from torchtitan_mixtures.data.sample_reader import find_of_dataset, undecoded
@@ -24,11 +25,12 @@ from torchtitan_mixtures.source_entries import SourceEntry
 
 
 def build(path: Path, streaming: bool = False, bad: float = 0.01, **entry: Any) -> Source:
+    split = entry.pop("split", "train")
     config = Multimodal(
         source="datasets", path=str(path), streaming=streaming, max_bad_fraction=bad
     )
     own = SourceEntry("mine", "datasets", str(path), **entry)
-    return build_datasets_source(config, "train", MediaReader(SIZE, RATE), False, own)
+    return build_datasets_source(config, split, MediaReader(SIZE, RATE), False, own)
 
 
 def read(source: Source) -> list[Document]:
@@ -197,6 +199,18 @@ def test_addresses_are_read_of_remote_data_only(monkeypatch: pytest.MonkeyPatch)
     for address in ("file:///etc/passwd", "local:///etc/passwd"):
         with pytest.raises(ValueError, match="is an address and not a path"):
             remote(address)
+    inside = (
+        "file:///data/a.png::b.csv",
+        "local:///a.png::b.csv",
+        "http://host/x::/data/t.csv",
+        "simplecache::/data/a.png",
+        "zip://x::file:///etc/b.zip::/data/a",
+        "zip://a.png",
+    )
+    for address in inside:
+        for find in (local, remote):
+            with pytest.raises(ValueError, match="is an address and not a path"):
+                find(address)
     for path in ("/etc/passwd", "etc/passwd", "zip://a::/etc/b.zip"):
         with pytest.raises(ValueError, match="is outside of the data"):
             remote(path)
@@ -234,3 +248,83 @@ def test_resumption_at_any_row(tmp_path: Path, streaming: bool) -> None:
             assert len(list(itertools.islice(first, taken))) == taken
             second.load_state_dict(first.state_dict())
             assert [document.key for document in second] == whole[taken:]
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_is_not_utf8_is_counted_and_named(
+    tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [b'{"text": "line %d"}' % number for number in range(300)]
+    lines[150] = b'{"text": "line \xff"}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    documents = read(build(tmp_path / "a.jsonl", streaming))
+    assert len(documents) == 299
+    assert re.search(r"a\.jsonl:train\[\S*150\]: 'utf-8' codec can't decode byte 0xff", caplog.text)
+
+
+def test_a_stream_that_breaks_names_its_source(tmp_path: Path) -> None:
+    lines = [b'{"text": "line %d"}' % number for number in range(300)]
+    lines[150] = b'{"text": "line'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    message = r"sources\[mine\]\.path = .*a\.jsonl.*cannot be read .*kinds jsonl, "
+    with pytest.raises(ValueError, match=message):
+        read(build(tmp_path / "a.jsonl", True))
+    packed = gzip.compress(b"\n".join(b'{"text": "%d"}' % number for number in range(9999)))
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"sources\[mine\]\.path = .*b\.jsonl\.gz"):
+        read(build(tmp_path / "b.jsonl.gz", True))
+    with pytest.raises(ValueError, match=r"^Cannot open split .*b\.jsonl\.gz"):
+        read(build(tmp_path / "b.jsonl.gz"))
+
+
+def test_what_is_damaged_in_a_saved_folder_is_one_message(tmp_path: Path) -> None:
+    for name in ("cut", "gone", "state", "empty"):
+        Dataset.from_list([{"text": f"{n}"} for n in range(999)]).save_to_disk(tmp_path / name)
+    (arrow,) = (tmp_path / "cut").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:900])
+    next((tmp_path / "gone").glob("*.arrow")).unlink()
+    (tmp_path / "state" / "state.json").write_text("{")
+    Dataset.from_list([]).save_to_disk(tmp_path / "empty")
+    for name in ("cut", "gone", "state", "empty"):
+        message = rf'^multimodal\.sources\[mine\]\.path = ".*{name}".*(damaged|no samples|none of)'
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path / name)
+
+
+def test_a_saved_format_and_slices_of_saved_data(tmp_path: Path) -> None:
+    data = Dataset.from_list([{"id": n, "caption": f"{n}", "image": picture(n)} for n in range(20)])
+    data.with_format("numpy").save_to_disk(tmp_path / "numpy")
+    data.with_format(None, columns=["id"]).save_to_disk(tmp_path / "hidden")
+    for name in ("numpy", "hidden"):
+        assert len(read(build(tmp_path / name))) == 20
+    for split, expected in (("train[:50%]", 10), ("train[15:]", 5), ("train[:2]+train[-3:]", 5)):
+        assert len(read(build(tmp_path / "numpy", split=split))) == expected
+    for split in ("test", "train[:x]", "test[:5]"):
+        with pytest.raises(ValueError, match=r"has no split .* its splits are train, and a slice"):
+            build(tmp_path / "numpy", split=split)
+
+
+def test_a_column_can_be_left_out(tmp_path: Path) -> None:
+    Dataset.from_list([{"text": "x", "image": picture(1)}]).to_parquet(tmp_path / "a.parquet")
+    (document,) = read(build(tmp_path / "a.parquet", image_column=""))
+    assert shape_of(document) == [("text", "x", True)]
+
+
+def test_blocks_of_a_stream_have_a_limit_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets_source, "SHUFFLE_BYTES", 5000)
+    rows = [{"text": f"{n} " + "x" * 998} for n in range(30)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    (shard,) = build(tmp_path / "a.parquet", True).shards([0], 1)
+    assert [int(shape_of(document)[0][1].split()[0]) for document in shard] == list(range(30))
+    (first,) = build(tmp_path / "a.parquet", True).shards([0], 1)
+    assert len(list(itertools.islice(first, 13))) == 13
+    state = first.state_dict()
+    assert state["block"] >= 2 and state["num_taken"] <= 5
+    (second,) = build(tmp_path / "a.parquet", True).shards([0], 1)
+    second.load_state_dict(state)
+    assert len(list(second)) == 17
