@@ -207,9 +207,8 @@ class BlockShard(Generic[Sample]):
 
     def progress(self) -> dict[str, float]:
         """See `Shard.progress`."""
-        blocks = self._num_finished * self._count
         return {
-            "epochs": (blocks + self._index) / self._source.num_blocks,
+            "epochs": self._num_finished * self._count / self._source.num_blocks,
             "samples": self._counts.seen,
             "bad": self._counts.bad,
         }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 from datasets.distributed import split_dataset_by_node
+from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.documents import Columns, DocumentBuilder
 from torchtitan_mixtures.data.media import MediaReader
@@ -63,6 +64,7 @@ class MappedSource(IndexedSource):
         reading: How documents are made of samples.
         config: The `[multimodal]` section.
         identity: What tells these data from others; see `Source.fingerprint`.
+        local: The files it is read from, if they are on this machine.
         is_endless: See `Source`.
         naming: Of the keys and of the split, for messages.
     """
@@ -73,6 +75,7 @@ class MappedSource(IndexedSource):
         reading: Reading,
         config: Multimodal,
         identity: dict[str, Any],
+        local: LocalFiles | None,
         is_endless: bool,
         naming: Naming,
     ) -> None:
@@ -80,6 +83,7 @@ class MappedSource(IndexedSource):
         self._data = data
         self._reading = reading, config.max_bad_fraction, naming
         self._identity = identity
+        self.local = local
         self._samples_key = _counted("samples in the split", naming)
 
     def shards(self, indices: Sequence[int], count: int) -> list[IndexedShard]:
@@ -147,6 +151,7 @@ class StreamedSource:
         reading: How documents are made of samples.
         config: The `[multimodal]` section.
         identity: What tells these data from others; see `Source.fingerprint`.
+        local: The files it is read from, if they are on this machine.
         is_endless: See `Source`.
         naming: Of the keys and of the split, for messages.
     """
@@ -157,6 +162,7 @@ class StreamedSource:
         reading: Reading,
         config: Multimodal,
         identity: dict[str, Any],
+        local: LocalFiles | None,
         is_endless: bool,
         naming: Naming,
     ) -> None:
@@ -166,6 +172,7 @@ class StreamedSource:
         self._data = data
         self._reading = reading, config.max_bad_fraction, naming
         self._identity = identity
+        self.local = local
         self._files_key = _counted("files (shards) of the split", naming)
         self.naming, self.path = naming, config.path  # for messages
 
@@ -341,6 +348,11 @@ def build_datasets_source(
     opened = open_split(config, split, is_endless, naming)
     data = keep_columns(opened, config, columns, naming)
     local = local_files(config)
+    if local and any(name.lower().endswith(".tar") for name, _ in local.files):
+        logger.warning(
+            f"{naming.key('path')} = {config.path!r}: `datasets` takes a tar that is cut off for a "
+            "shorter one, without a word. In a mixture, kind = 'webdataset' counts it."
+        )
     media_folder = Path(entry.media_folder).expanduser() if entry and entry.media_folder else None
     reading = Reading(
         DocumentBuilder(media, PairOrder.of(config, is_endless), columns),
@@ -350,10 +362,10 @@ def build_datasets_source(
     )
     identity = _identity(config, naming, entry, local)
     if isinstance(data, datasets.IterableDataset):
-        return StreamedSource(data, reading, config, identity, is_endless, naming)
+        return StreamedSource(data, reading, config, identity, local, is_endless, naming)
     if not len(data):
         raise ValueError(f'{naming.key("path")} = "{config.path}": split "{split}" has no samples.')
-    return MappedSource(data, reading, config, identity, is_endless, naming)
+    return MappedSource(data, reading, config, identity, local, is_endless, naming)
 
 
 def _readers(

@@ -99,7 +99,10 @@ class DocumentBuilder:
             return Document((self._plain_text(row),), key)
         if row.get(columns.caption) is None:
             raise ValueError(f"a pair with no {columns.caption!r}; it has {_names(row)}")
-        caption = check_text(choose_caption(row[columns.caption], rng.random()))
+        try:
+            caption = check_text(choose_caption(row[columns.caption], rng.random()))
+        except ValueError as error:
+            raise ValueError(f"{columns.caption}: {error}") from error
         others = []
         for name, column, value in (
             ("image", columns.image, image),
@@ -116,10 +119,12 @@ class DocumentBuilder:
     def _plain_text(self, row: Mapping[str, Any]) -> Segment:
         columns = self.columns
         if (text := row.get(columns.text)) is None:
-            alone = [repr(name) for name in (columns.segments, columns.text) if name]
+            alone = "".join(f"{name!r}, " for name in (columns.segments, columns.text) if name)
             others = " or ".join(repr(name) for name in (columns.image, columns.audio) if name)
-            expected = ", or ".join([*alone, f"{columns.caption!r} with {others}"])
-            raise ValueError(f"expected {expected}; it has {_names(row)}")
+            raise ValueError(
+                f"expected {alone}{'or ' if alone else ''}{columns.caption!r} with {others}; "
+                f"it has {_names(row)}"
+            )
         segment = _text_segment(text, True)
         if not text.strip():
             raise ValueError("the text is nothing but white space")
@@ -129,7 +134,9 @@ class DocumentBuilder:
         if isinstance(values, str):
             values = parse_json(values)
         if not isinstance(values, list):
-            raise ValueError(f"segments must be a list, not {_show(values)}")
+            raise ValueError(
+                f"segments must be a list of objects, or JSON of one, not {_show(values)}"
+            )
         segments = []
         for number, value in enumerate(values):
             try:

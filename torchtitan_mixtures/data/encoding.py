@@ -72,6 +72,7 @@ class DocumentEncoder:
         self._image_tokenizer = image_tokenizer
         self._speech_tokenizer = speech_tokenizer
         self._modalities = modalities
+        self._seq_len_key = seq_len_key
         self._splits = long_documents == "split"
         self._capacity = seq_len - 2  # beside <bos> and <eos>
         sentinels = text_tokenizer.sentinels
@@ -165,7 +166,7 @@ class DocumentEncoder:
             if not is_text and len(block) > self._capacity:
                 raise ValueError(
                     f"Document {key} has {len(block)} tokens of {segment.modality} in one segment; "
-                    f"a sequence has room for {self._capacity}. Raise training.seq_len."
+                    f"a sequence has room for {self._capacity}. Raise {self._seq_len_key}."
                 )
             if len(block) > room and pieces[-1]:
                 pieces.append([])

@@ -116,10 +116,10 @@ class MultimodalDataLoader(BaseDataLoader):
         """What the batches handed out so far have cost of each source, in this rank's shards.
 
         Returns:
-            For each source: `tokens`, `documents`, `split` and `dropped` ones, pieces left out
-            as `mute` (nothing to predict), `samples` read, `bad` ones of them, and `epochs`, whose
-            sum over all ranks is the mean over shards. After the last source one more: `tokens`
-            and `positions` of the sequences.
+            For each source: `tokens` in the batches, and what was read for that: `documents`,
+            `split` and `dropped` ones, pieces left out as `mute` (nothing to predict), `samples`,
+            `bad` ones of them, and `epochs`, whose sum over all ranks is the mean over shards.
+            After the last source one more: `tokens` and `positions` of the sequences.
         """
         names = ("tokens", "documents", "split", "dropped", "mute", "samples", "bad", "epochs")
         sums = [dict.fromkeys(names, 0.0) for _ in self.source_names]
@@ -135,6 +135,9 @@ class MultimodalDataLoader(BaseDataLoader):
                 shares = {"epochs": progress["epochs"] / self._sequences.num_shards}
                 for name in names:
                     total[name] += {**counts, **progress, **shares}[name]
+            waiting = state["packer"]
+            for number, tokens in zip(waiting["sources"], waiting["buffer"], strict=True):
+                sums[number]["tokens"] -= len(tokens)
         return [*sums, packed]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

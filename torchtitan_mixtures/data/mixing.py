@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,7 +75,13 @@ class Mixture:
         """Those of `count` disjoint shares that one process reads, each at its beginning."""
         of_sources = [part.source.shards(indices, count) for part in self.ingredients]
         return [
-            MixedShard(self.ingredients, shards, self.encoder, count, self._phases(index))
+            MixedShard(
+                self.ingredients,
+                shards,
+                self.encoder,
+                count,
+                functools.partial(self._phases, index),
+            )
             for index, shards in zip(indices, zip(*of_sources, strict=True), strict=True)
         ]
 
@@ -122,7 +128,8 @@ class MixedShard:
         shards: The shard of each.
         encoder: Makes tokens.
         count: How many shards there are.
-        phases: Tokens that count as given of each source before the first document.
+        phases: Makes the tokens that count as given of each source before the first document; not
+            asked if the shard goes on from a state. None: there are none.
     """
 
     def __init__(
@@ -131,15 +138,18 @@ class MixedShard:
         shards: Sequence[Shard],
         encoder: DocumentEncoder,
         count: int = 1,
-        phases: Sequence[float] = (0.0,),
+        phases: Callable[[], list[float]] | None = None,
     ) -> None:
         self._ingredients = ingredients
         self.shards = tuple(shards)
         self._encoder = encoder
         self._limits = [part.max_tokens / count for part in ingredients]
-        self._phases = list(phases)
+        self._make_phases = phases or (lambda: [0.0] * len(ingredients))
+        self._phases: list[float] = []
         self._counts = [StreamCounts() for _ in ingredients]
         self._dropped_in_a_row = [0] * len(ingredients)
+        self.latest = 0
+        """Number of the source that gave the latest document."""
 
     def __iter__(self) -> Iterator[list[Tokens]]:
         """Encoded documents from the loaded state on, each as the pieces that fit a sequence.
@@ -148,6 +158,7 @@ class MixedShard:
             ValueError: Too many documents are bad or too long, or no source of endless ones is
                 left.
         """
+        self._phases = self._phases or self._make_phases()
         streams = [iter(shard) for shard in self.shards]
         while left := [i for i in range(len(streams)) if not self._has_ended(i)]:
             number = min(left, key=self._lead)
@@ -162,6 +173,7 @@ class MixedShard:
                 continue
             self._count(number, pieces)
             if pieces:
+                self.latest = number
                 yield pieces
         if any(part.source.is_endless for part in self._ingredients):
             raise ValueError(
@@ -199,10 +211,10 @@ class MixedShard:
         """
         try:
             return next(stream, None)
-        except ValueError:
-            raise  # says what is wrong with what
-        # Whatever else libraries raise on damaged data says not where.
+        # Whatever libraries raise on damaged data says not where.
         except Exception as error:
+            if type(error) is ValueError:  # ours: says what is wrong with what
+                raise
             counts = self._counts[number]
             raise ValueError(
                 f'source "{self._ingredients[number].name}", after {counts.documents} documents of '

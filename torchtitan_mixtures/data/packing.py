@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,9 +29,12 @@ class Packer:
         self._seq_len = seq_len
         self._is_greedy = method == "greedy"
         self._buffer: list[Tokens] = []  # oldest first
+        self._sources: list[int] = []  # of those
         self._num_waiting = 0  # tokens in the buffer
 
-    def pack(self, documents: Iterator[list[Tokens]]) -> Iterator[list[Tokens]]:
+    def pack(
+        self, documents: Iterator[list[Tokens]], source_of_last: Callable[[], int] = lambda: 0
+    ) -> Iterator[list[Tokens]]:
         """Yield sequences as lists of documents, at most `seq_len` tokens in all.
 
         The state between two sequences, together with the state of the source, is all it takes to
@@ -39,31 +42,36 @@ class Packer:
 
         Args:
             documents: Each as the pieces that fit a sequence, see `DocumentEncoder.encode`.
+            source_of_last: Number of the source that the latest of them is of.
         """
-        while self._fill(documents) or self._buffer:
+        while self._fill(documents, source_of_last) or self._buffer:
             chosen = self._choose()
             sequence = [self._buffer[i] for i in chosen]
             taken = set(chosen)
-            self._buffer = [doc for i, doc in enumerate(self._buffer) if i not in taken]
+            left = [i for i in range(len(self._buffer)) if i not in taken]
+            self._buffer = [self._buffer[i] for i in left]
+            self._sources = [self._sources[i] for i in left]
             self._num_waiting -= sum(len(tokens) for tokens in sequence)
             yield sequence
 
     def state_dict(self) -> dict[str, Any]:
         """The documents in the buffer, as arrays: a state is made for every sequence."""
-        return {"buffer": list(self._buffer)}
+        return {"buffer": list(self._buffer), "sources": list(self._sources)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, of arrays or of the lists that JSON makes of them."""
         self._buffer = [np.asarray(tokens, np.int64) for tokens in state["buffer"]]
+        self._sources = list(state["sources"])
         self._num_waiting = sum(len(tokens) for tokens in self._buffer)
 
-    def _fill(self, documents: Iterator[list[Tokens]]) -> bool:
+    def _fill(self, documents: Iterator[list[Tokens]], source_of_last: Callable[[], int]) -> bool:
         """Refill the buffer; False once there are no more documents."""
         while self._wants_more():
             pieces = next(documents, None)
             if pieces is None:
                 return False
             self._buffer.extend(pieces)
+            self._sources.extend([source_of_last()] * len(pieces))
             self._num_waiting += sum(len(tokens) for tokens in pieces)
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,10 +108,11 @@ class SampleJudge:
     def _summary(self) -> str:
         seen, bad = self._totals()
         keys = [key for counts in self._counts for key in counts.bad_keys][:_MAX_KEYS]
+        reason = self._last_reason.rstrip(".")
         return (
             f"{bad} of {seen} samples ({bad / max(seen, 1):.2%}) of {self._name} are bad; "
             f"multimodal.max_bad_fraction = {self._limit} allows {int(self._limit * seen)} of so "
-            f"many. Among them: {'; '.join(keys)}. The last one's reason: {self._last_reason}. "
+            f"many. Among them: {'; '.join(keys)}. The last one's reason: {reason}. "
             "Repair the data, or raise the limit."
         )
 
@@ -137,6 +139,7 @@ def choose_caption(value: Any, draw: float) -> str:
     """
     usable = usable_captions(value)
     if not usable:
-        kind = "empty" if isinstance(value, (str, list, tuple)) else type(value).__name__
-        raise ValueError(f"the caption is {kind}")
+        is_text = isinstance(value, (str, list, tuple))
+        what = "empty" if is_text else f"no text but {type(value).__name__} {reprlib.repr(value)}"
+        raise ValueError(f"the caption is {what}")
     return usable[int(draw * len(usable))]

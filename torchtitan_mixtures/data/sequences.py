@@ -94,7 +94,7 @@ class _PackedShard:
         if self._num_taken:
             documents.load_state_dict(state["source"])
             packer.load_state_dict(state["packer"])
-        self._sequences = packer.pack(iter(documents))
+        self._sequences = packer.pack(iter(documents), lambda: documents.latest)
 
     def __next__(self) -> PackedSequence:
         documents = next(self._sequences)

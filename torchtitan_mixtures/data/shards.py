@@ -77,7 +77,10 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for key in [*current, *(key for key in saved if key not in current)]:
         old, new = saved.get(key), current.get(key)
         if old != new:
+            source = ""
+            if key == "multimodal.shards":
+                source = "If it is not set, the ranks and training.dataloader.num_workers decide. "
             raise ValueError(
                 f"{key} is {new!r}, but {old!r} in the run that saved the checkpoint: its data "
-                f"loader state does not fit. Put it back, or {START_AFRESH}."
+                f"loader state does not fit. {source}Put it back, or {START_AFRESH}."
             )

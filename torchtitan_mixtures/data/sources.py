@@ -194,9 +194,8 @@ class IndexedShard:
 
     def progress(self) -> dict[str, float]:
         """See `Shard.progress`."""
-        places = self._index + self._num_taken * self._count
         return {
-            "epochs": places / self._source.num_documents,
+            "epochs": self._num_taken * self._count / self._source.num_documents,
             "samples": self._num_taken,
             "bad": 0,
         }

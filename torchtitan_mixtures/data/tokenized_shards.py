@@ -54,6 +54,9 @@ NOTE, NOTE_SHA256 = "part", "sha256 of part"
 """Names in the header of what its file says of itself: JSON with `sha256` of the entries, and what
 `tokenized_writing.py` needs; and the checksum of that."""
 
+_MAX_OPEN = 128
+"""Files that a process has mapped. Each takes a descriptor, of which there may be 1,024."""
+
 _MAX_HEADER = 1 << 24  # bytes; a header of ours has a few hundred, and 70 for every chunk
 
 
@@ -280,8 +283,8 @@ def _are_ends(ends: NDArray[np.uint64], count: int) -> bool:
 class TokenizedShards:
     """A folder of shards. Opening it reads the manifest and the headers of the files.
 
-    A file is mapped when a document of it is first read in a process; checksums are compared of
-    what is read.
+    A file is mapped when a document of it is first read in a process, and unmapped when many others
+    were since; checksums are compared of what is read.
 
     Args:
         folder: Has a `manifest.json`.
@@ -293,7 +296,7 @@ class TokenizedShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self._open: dict[int, OpenShard] = {}
+        self._open: dict[int, OpenShard] = {}  # the one used last at the end
         for file in self.manifest.files:
             check_file(folder / file.file, read_header(folder / file.file), file)
 
@@ -307,8 +310,12 @@ class TokenizedShards:
         Raises:
             ValueError: It is damaged.
         """
-        if number not in self._open:
+        opened = self._open.pop(number, None)
+        if opened is None:
             expected = self.manifest.files[number]
             path = self.folder / expected.file
-            self._open[number] = OpenShard(path, expected, len(self.manifest.modalities))
-        return self._open[number]
+            opened = OpenShard(path, expected, len(self.manifest.modalities))
+            if len(self._open) == _MAX_OPEN:
+                del self._open[next(iter(self._open))]
+        self._open[number] = opened
+        return opened

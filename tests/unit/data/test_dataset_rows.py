@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -14,12 +15,13 @@ import fsspec
 import pytest
 from datasets import Audio, Dataset, Features, Image, List, Value
 
-from tests.unit.data.file_fakes import RATE, SIZE, content_of, open_source, picture, sound
+from tests.unit.data.file_fakes import RATE, SIZE, content_of, make_tar, open_source, picture, sound
 from torchtitan_mixtures.data import datasets_source, sample_reader
 from torchtitan_mixtures.data.datasets_source import build_datasets_source
 from torchtitan_mixtures.data.media import MediaReader
 from torchtitan_mixtures.data.sample_reader import find_of_dataset, undecoded
 from torchtitan_mixtures.data.sources import Document, Source
+from torchtitan_mixtures.data.tokenize_parts import files_state
 from torchtitan_mixtures.multimodal_config import Multimodal
 from torchtitan_mixtures.source_entries import SourceEntry
 
@@ -328,3 +330,22 @@ def test_blocks_of_a_stream_have_a_limit_in_bytes(
     (second,) = build(tmp_path / "a.parquet", True).shards([0], 1)
     second.load_state_dict(state)
     assert len(list(second)) == 17
+
+
+def test_a_tar_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [("1.png", picture(1)), ("1.txt", b"one")]
+    (tmp_path / "a.tar").write_bytes(make_tar(members))
+    build(tmp_path / "a.tar", True, image_column="png", caption_column="txt")
+    assert "a tar that is cut off for a shorter one" in caplog.text
+    assert "kind = 'webdataset'" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_were_written_since_are_told_by_their_time(
+    tmp_path: Path, streaming: bool
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "house"}')
+    before = files_state(build(tmp_path / "a.jsonl", streaming))
+    assert before == files_state(build(tmp_path / "a.jsonl", streaming)) is not None
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert files_state(build(tmp_path / "a.jsonl", streaming)) != before

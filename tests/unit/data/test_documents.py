@@ -103,8 +103,8 @@ def test_what_is_null_counts_as_absent(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ({"text": "x"}, r"segments must be a list, not dict"),
-        (3, r"segments must be a list, not int 3"),
+        ({"text": "x"}, r"segments must be a list of objects, or JSON of one, not dict"),
+        (3, r"segments must be a list of objects, or JSON of one, not int 3"),
         ("[", r"not JSON"),
         ([], r"an empty document"),
         ([{"text": " \n"}, {"text": "\t"}], r"an empty document"),
@@ -126,7 +126,7 @@ def test_what_is_null_counts_as_absent(folder: Path) -> None:
         ([{"image": {"base64": 3}}], r"segment 0: base64 must be a string, not int 3"),
         ([{"image": ""}], r"segment 0: '' is no path of the image"),
         ([{"image": "a\0b"}], r"segment 0: 'a\\x00b' is no path"),
-        ([{"image": "https://x.org/a.png"}], r"segment 0: https.* download the image first"),
+        ([{"image": "https://x.org/a.png"}], r"segment 0: https.* download it first"),
         ([{"image": "none.png"}], r"segment 0: cannot read .*nowhere.none.png \(No such file"),
         ([{"image": "x" * 5000}], r"segment 0: cannot read .*\(File name too long\)"),
         ([{"image": b""}], r"segment 0: the file is empty"),
@@ -189,7 +189,7 @@ def test_the_caption_may_be_the_column_of_texts(folder: Path) -> None:
     [
         ({"image": "a/cat.png"}, r"a pair with no 'caption'; it has 'image'"),
         ({"image": "a/cat.png", "caption": " "}, r"the caption is empty"),
-        ({"image": "a/cat.png", "caption": 3}, r"the caption is int"),
+        ({"image": "a/cat.png", "caption": 3}, r"caption: the caption is no text but int 3"),
         ({"image": "none", "caption": "x"}, r"image: cannot read .*none"),
         ({"caption": "x"}, r"expected 'segments', 'text', or 'caption' with 'image' or 'audio'"),
         ({}, r"it has nothing"),

@@ -271,21 +271,56 @@ def test_mixtures_resume_to_the_bit(num_workers, before):
 
 
 def test_counts_are_those_of_the_documents():
-    """What ranks count adds up to what was packed and what waits, document by document."""
+    """What ranks count of each source is what its batches hold, not what waits to be packed."""
     totals = Counter[str]()
     for rank in range(2):
         loader = mixed_loader(Share(rank, 2))
         rows = rows_from(loader, 12)
         *sources, all_of_them = loader.counts()
-        waiting = 0
-        for state in loader._sequences.states.values():
-            waiting += sum(map(len, state["packer"]["buffer"]))
+        packed = Counter[str]()
+        for row in rows:
+            letter = ""
+            for place, token in enumerate(row):
+                if token == SENTINELS.bos:
+                    letter = chr(row[place + 1] - 7)
+                packed[letter] += token != SENTINELS.pad
         tokens = sum(token != SENTINELS.pad for row in rows for token in row)
         assert all_of_them == {"tokens": tokens, "positions": len(rows) * SEQ_LEN}
-        assert sum(counts["tokens"] for counts in sources) == tokens + waiting
+        assert [counts["tokens"] for counts in sources] == [packed[letter] for letter in "abc"]
         totals.update({f"{i}.{k}": v for i, c in enumerate(sources) for k, v in c.items()})
     assert totals["0.split"] > 0 and totals["0.split"] < totals["0.documents"]
     assert totals["2.epochs"] == pytest.approx(totals["2.samples"] / 9, abs=0.5)
+
+
+def test_a_resumed_mixture_reads_nothing_of_its_sources_first():
+    """Where shards begin follows from the lengths of first documents; a state has it already."""
+    loader = mixed_loader()
+    rows_from(loader, 9)
+    resumed = mixed_loader()
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    rows_from(resumed, 2)
+    assert "_lengths" in vars(loader._sequences.mixture)
+    assert "_lengths" not in vars(resumed._sequences.mixture)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_epochs_of_a_source_that_has_ended_are_whole(count):
+    source = Letters("a", [5], count=50)
+    source.max_epochs = 2
+    shards = source.shards(range(count), count)
+    assert sum(len(list(iter(shard))) for shard in shards) == 100
+    assert sum(shard.progress()["epochs"] for shard in shards) / count == pytest.approx(2)
+
+
+def test_errors_of_libraries_are_named_whatever_they_derive_from():
+    class Torn(Letters):
+        def build_document(self, epoch: int, index: int) -> Document:
+            b"\xff".decode()
+            raise AssertionError
+
+    (shard,) = mix(Ingredient("torn", Torn("a", [5]))).shards([0], 1)
+    with pytest.raises(ValueError, match=r'^source "torn", after 0 documents .*: UnicodeDecode'):
+        next(iter(shard))
 
 
 # --- what cannot be packed ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tests.unit.data.shard_fakes import (
     read_naively,
     write_shards,
 )
+from torchtitan_mixtures.data import tokenized_shards
 from torchtitan_mixtures.data.shard_manifest import MANIFEST, PLAN
 from torchtitan_mixtures.data.tokenize_source import Tokenizing, tokenize
 from torchtitan_mixtures.data.tokenized_shards import CHUNK_BYTES, TokenizedShards
@@ -227,3 +228,13 @@ def test_mapped_files_stay_behind_when_shards_go_to_another_process(made: Path) 
     assert len(sent) < 10_000
     again = pickle.loads(sent).file(0).read(0)
     assert [c.tolist() for c in again.codes] == [c.tolist() for c in first.codes]
+
+
+def test_only_so_many_files_are_mapped_at_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenized_shards, "_MAX_OPEN", 2)
+    shards = TokenizedShards(made)
+    first = shards.file(0)
+    assert shards.file(1) is not first and shards.file(0) is first
+    shards.file(2)  # in place of 1, which was used longest ago
+    assert list(shards._open) == [0, 2] and shards.file(0) is first
+    assert read(made) == read_naively(made)
