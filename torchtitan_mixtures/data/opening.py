@@ -94,6 +94,13 @@ def open_split(
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(config.path, split, key, path_key)
     builder, data_files = config.path, config.data_files or None
+    is_here = path.is_dir() or config.path in FORMAT_OF_SUFFIX.values()
+    is_here &= not any("://" in name for name in config.data_files)
+    if data_files and is_here and local_files(config) is None:
+        raise ValueError(
+            f"{files_key} = {data_files}: matches no file; paths are relative to {path_key} if "
+            "that is a folder, else to the current one."
+        )
     if path.is_file():
         builder, data_files = _format_of(path), [config.path]
         if not builder:

@@ -159,6 +159,10 @@ def test_data_that_are_elsewhere_are_what_their_names_say(tmp_path: Path) -> Non
             r"multimodal\.sources\[mine\]\.path = .*, multimodal\.sources\[mine\]\.subset = ",
         ),
         (
+            {"path": "csv", "data_files": ["{folder}/*.csv"]},
+            r"^multimodal\.sources\[mine\]\.data_files = .*matches no file",
+        ),
+        (
             {"path": "{folder}/a.xyz"},
             r"^multimodal\.sources\[mine\]\.path = .*list the file in "
             r"multimodal\.sources\[mine\]\.data_files\.",
