@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -23,6 +27,9 @@ from torchtitan_mixtures.checks import check_arguments, check_job
 from torchtitan_mixtures.job_config import MixtureJobConfig
 from torchtitan_mixtures.trainer import MixtureTrainer
 from torchtitan_mixtures.user_errors import one_message
+
+_GRACE = 3
+"""Seconds from Ctrl-C to the end of a process that is held up; others end at once."""
 
 
 def parse_job(
@@ -66,13 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the arguments say.
 
     What is wrong with the arguments, the data or the checkpoint is printed as one message, and the
-    process exits with code 2. Anything else is a fault of the program and shows its traceback.
+    process exits with code 2; after Ctrl-C it exits with 130. Anything else is a fault of the
+    program and shows its traceback.
     """
     init_logger()
     quiet_the_host()
     # Not a clean exit: other ranks may be waiting in a collective.
-    with one_message(leave=os._exit):
-        train(parse_job(sys.argv[1:] if arguments is None else arguments))
+    try:
+        with one_message(leave=os._exit):
+            train(parse_job(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        leave_interrupted()
 
 
 def train(job_config: MixtureJobConfig) -> None:
@@ -104,6 +115,34 @@ def leave() -> None:
     os._exit(0)
 
 
+def leave_interrupted() -> None:
+    """End the process and its workers after Ctrl-C, with one line and no wait for other ranks."""
+    print("interrupted; finished checkpoints are kept", file=sys.stderr, flush=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(128 + signal.SIGINT)  # as shells have it
+
+
+def watch_for_interrupts() -> None:
+    """See to it that Ctrl-C ends the process within seconds, whatever it is waiting for.
+
+    Python raises `KeyboardInterrupt` only between two of its own instructions. A rank that is in a
+    collective comes to none until the others take part, and they may be gone.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # gets the number of every signal
+
+    def watch() -> None:
+        while os.read(reading, 1)[0] != signal.SIGINT:
+            pass
+        time.sleep(_GRACE)
+        leave_interrupted()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    watch_for_interrupts()
     main()
     leave()

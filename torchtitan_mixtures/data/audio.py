@@ -33,6 +33,10 @@ _SUBFORMAT = bytes.fromhex("000000001000800000aa00389b71")  # end of the GUIDs o
 _COMPRESSED = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3"} | {
     bytes([0xFF, second]): "MP3" for second in (0xE2, 0xE3, 0xF2, 0xF3, 0xFA, 0xFB)
 }  # by how they begin
+# Sizes in a WAV file that was written to a pipe, when nobody knew its end: the largest there is,
+# signed or not, less what comes before the sound or makes no whole frame. Some write 0 instead.
+_OPEN_ENDED = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
+_MP3_FRAME = 1152  # samples, at most
 _BLOCK = 2**20  # frames that are converted at once
 _RESAMPLED = 2**21  # samples that are resampled at once, about
 
@@ -95,6 +99,7 @@ def _read_riff(content: bytes, name: str) -> tuple[NDArray[np.float32], int]:
         raise ValueError(f"cannot read {name} (no header); {_REMEDY}")
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         raise ValueError(f"cannot read {name} (it does not begin as a WAV file does); {_REMEDY}")
+    (whole,) = struct.unpack_from("<I", content, 4)
     layout, position = None, 12
     while position + 8 <= len(content):
         chunk, size = struct.unpack_from("<4sI", content, position)
@@ -102,10 +107,26 @@ def _read_riff(content: bytes, name: str) -> tuple[NDArray[np.float32], int]:
         if chunk == b"fmt ":
             layout = _read_format(content[position : position + size], name)
         elif chunk == b"data" and layout is not None:
+            if _is_open_ended(size, whole, position, len(content)):
+                size = len(content) - position
             sound = memoryview(content)[position : position + size]
             return _mean_of_channels(sound, size, layout, name), layout.rate
         position += size + size % 2
     raise ValueError(f"cannot read {name} (no sound after its format); {_REMEDY}")
+
+
+def _is_open_ended(size: int, whole: int, position: int, end: int) -> bool:
+    """Say whether sound reaches to the end of the file because its size was not known.
+
+    Args:
+        size: Of the sound, as its header has it.
+        whole: Of all that follows the first 8 bytes, as the file has it.
+        position: Where the sound begins.
+        end: Bytes of the file.
+    """
+    if size == 0:  # an empty sound, too, if the file knows of what follows it
+        return whole + 8 <= position or any(whole in sizes for sizes in _OPEN_ENDED)
+    return position + size > end and any(size in sizes for sizes in _OPEN_ENDED)
 
 
 def _read_format(chunk: bytes, name: str) -> _WavFormat:
@@ -179,14 +200,41 @@ def _unpack(content: bytes, kind: str, name: str) -> tuple[NDArray[np.float32], 
             f"{name} is {kind}, which needs soundfile ({error}): pip install "
             '"torchtitan_mixtures[audio]", or make it a WAV file'
         ) from None
+    if kind == "Ogg" and not _ends_with_a_page(content):
+        raise ValueError(f"{name} is cut off: its last page is not whole; copy it again")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
-            return _read_blocks(file, kind, name), file.samplerate
+            promised = file.frames
+            if kind == "MP3":  # some encoders count the frame, too, that their header is in
+                promised = promised - _MP3_FRAME if _counts_frames(content) else 0
+            return _read_blocks(file, promised, name), file.samplerate
     except soundfile.SoundFileError as error:
-        raise ValueError(f"cannot read {name} ({error}); copy it again, or leave it out") from error
+        # Without its prefix, which names an object in memory.
+        reason = getattr(error, "error_string", error)
+        message = f"cannot read {name} ({reason}); copy it again, or leave it out"
+        raise ValueError(message) from error
 
 
-def _read_blocks(file: Any, kind: str, name: str) -> NDArray[np.float32]:
+def _ends_with_a_page(content: bytes) -> bool:
+    """Say whether the last page of an Ogg file is whole. No header says how long the file is."""
+    start = content.rfind(b"OggS")
+    if start + 27 > len(content):
+        return False
+    body = start + 27 + content[start + 26]  # after the sizes of its segments
+    return body + sum(content[start + 27 : body]) <= len(content)
+
+
+def _counts_frames(content: bytes) -> bool:
+    """Say whether an MP3 file has a header with their number; else libsndfile estimates it."""
+    start = 0
+    if content.startswith(b"ID3"):  # its size, of 7 bits a byte, follows
+        start = 10 + sum(octet << 7 * (3 - i) for i, octet in enumerate(content[6:10]))
+    first = content[start : start + 64]
+    mark = max(first.find(b"Xing"), first.find(b"Info"))
+    return mark >= 0 and len(first) > mark + 7 and bool(first[mark + 7] & 1)
+
+
+def _read_blocks(file: Any, promised: int, name: str) -> NDArray[np.float32]:
     _check_rate(file.samplerate, name)
     blocks, count = [], 0
     while True:
@@ -199,9 +247,9 @@ def _read_blocks(file: Any, kind: str, name: str) -> NDArray[np.float32]:
         blocks.append(block.mean(axis=1))
     if not count:
         raise ValueError(f"{name} holds no sound")
-    if kind == "FLAC" and count < file.frames:  # the others do not say how long they are
+    if count < promised:
         raise ValueError(
-            f"{name} is cut off: {count} samples, its header promises {file.frames}; copy it again"
+            f"{name} is cut off: {count} of {file.frames} samples; copy it again, or leave it out"
         )
     return np.concatenate(blocks)
 

@@ -7,10 +7,14 @@ comes first. A `metadata.jsonl` has {"file_name": "cats/cat.jpg", "caption": "..
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from torchtitan.tools.logging import logger
 
 from torchtitan_mixtures.data.blocks import BlockSource
 from torchtitan_mixtures.data.documents import DocumentBuilder, find_beside, parse_json
@@ -113,7 +117,51 @@ def build_folder_source(settings: FileSettings) -> ImageFolderSource | MetadataS
     if any(path.name == METADATA for _, path in found):
         files = find_data_files(settings, (METADATA,))
         return MetadataSource(files, settings)
+    if path.is_dir():
+        _warn_of_unread(path, settings.key)
     return ImageFolderSource(found, settings)
+
+
+def _warn_of_unread(folder: Path, key: str) -> None:
+    """Say which files have captions as images do, but a suffix that is not read."""
+    unread = _count_unread(folder)
+    if unread:
+        counts = ", ".join(f"{number} {suffix}" for suffix, number in sorted(unread.items()))
+        logger.warning(
+            f"{key}: {unread.total()} files with captions beside them are not read ({counts}); "
+            f"only {' '.join(IMAGE_SUFFIXES)} are. Convert them to JPEG, PNG or WebP."
+        )
+
+
+def _count_unread(folder: Path) -> Counter[str]:
+    """Count, by suffix, the files that have a caption but neither an image's suffix nor an image.
+
+    Names alone are compared: of millions of files that takes a twentieth of the time to find them.
+    """
+    unread: Counter[str] = Counter()
+    known = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:  # through a loop of links
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if all(name.lower().endswith(known) for name in names):
+            continue
+        images, captions, others = set(), set(), []
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                images.add(stem)
+            elif suffix in CAPTION_SUFFIXES:
+                captions.add(stem)
+            elif suffix and not name.startswith("."):
+                others.append((stem, suffix.lower()))
+        captions -= images  # what has the name of an image is something beside it
+        unread.update(suffix for stem, suffix in others if stem in captions)
+    return unread
 
 
 def read_caption(image: Path) -> Any:

@@ -56,13 +56,17 @@ def open_image(value: Any) -> Image.Image:
     except MemoryError:
         raise  # of this machine, not of the file
     except UnidentifiedImageError as error:
-        raise ValueError("not an image in a known format (UnidentifiedImageError)") from error
+        raise ValueError(
+            "not an image in a known format (UnidentifiedImageError); convert it to JPEG, PNG or "
+            "WebP"
+        ) from error
     # On broken bytes Pillow's formats raise OSError, SyntaxError, struct.error, zlib.error,
     # IndexError and more, and a remote path what its file system raises: no class is narrower.
     except Exception as error:
         # Without the addresses of objects, which say nothing and differ from run to run.
         reason = re.sub(r"<\S+ object at 0x\w+>", "it", str(error))
-        raise ValueError(f"{type(error).__name__}: {reason}") from error
+        is_plain = type(error) is ValueError and reason
+        raise ValueError(reason if is_plain else f"{type(error).__name__}: {reason}") from error
 
 
 def _open_image(value: Any) -> Image.Image:
@@ -79,10 +83,26 @@ def _open_image(value: Any) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit grey values at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale grey of more bits, which Pillow would clip at 255.
+
+    Raises:
+        ValueError: Nothing says which of its values is white.
+    """
+    grey = np.asarray(image)
+    # Mode I holds a PGM of more than 8 bits, scaled to 16, and a TIFF of 32 bit integers as it is.
+    if image.mode == "F" or (image.mode == "I" and (grey.min() < 0 or grey.max() >= 2**16)):
+        kind = "floats" if image.mode == "F" else "32 bit integers"
+        raise ValueError(
+            f"its values are {kind} from {grey.min():g} to {grey.max():g}, of which nothing says "
+            "how bright they are; convert it to 8 or 16 bits"
+        )
+    return Image.fromarray((grey >> 8).astype(np.uint8))

@@ -196,6 +196,44 @@ def test_broken_sounds_are_named_with_what_is_wrong(content: bytes, message: str
         read_sound(content, RATE, "song")
 
 
+LARGEST = 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("size", "whole"),
+    [
+        (LARGEST, LARGEST),  # ffmpeg
+        (LARGEST - 44, LARGEST - 8),
+        (0x7FFFF000, 0x7FFFF024),  # sox
+        (0x7FFFEFFC, 0x7FFFF020),  # the same, in frames of 6 bytes
+        (2**31 - 1, LARGEST),
+        (0, 0),
+        (0, LARGEST),
+        (0, None),
+    ],
+)
+def test_sound_from_a_pipe_reaches_to_the_end_of_the_file(size: int, whole: int | None):
+    content = bytearray(riff(struct.pack("<3h", 2**14, 0, -(2**14)), size=size))
+    whole = len(content) - 6 - 8 if whole is None else whole  # as it was before the sound
+    content[4:8] = struct.pack("<I", whole)
+    assert read_sound(bytes(content), RATE, "a").tolist() == [0.5, 0, -0.5]
+    assert len(read_sound(bytes(content[:-1]), RATE, "a")) == 2
+    with pytest.raises(ValueError, match="a holds no sound"):
+        read_sound(bytes(content[:-6]), RATE, "a")
+
+
+@pytest.mark.parametrize("size", [1000, 2**30, 0x7FFE0000, 2**31 + 2, 3 * 2**30])
+def test_a_size_that_may_be_meant_is_a_promise(size: int):
+    with pytest.raises(ValueError, match=f"a is cut off: 8 bytes of sound, .* promises {size}"):
+        read_sound(riff(bytes(8), size=size), RATE, "a")
+
+
+def test_what_follows_an_empty_sound_is_none():
+    content = riff(b"LIST" + struct.pack("<I", 4) + b"abcd", size=0)
+    with pytest.raises(ValueError, match="a holds no sound: its header promises 0"):
+        read_sound(content, RATE, "a")
+
+
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_no_damage_of_a_file_raises_anything_else(data):
@@ -248,13 +286,51 @@ def test_compressed_files_are_read(tmp_path: Path, kind: str):
         assert np.abs(waveform - ideal)[inner].max() < 0.02
 
 
-def test_a_flac_that_is_cut_off_or_is_none_is_refused():
-    content = compress("FLAC")
-    with pytest.raises(ValueError, match=r"song( is cut off|.*copy it again)"):
-        read_sound(content[: len(content) // 2], RATE, "song")
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.5, 0.9])
+def test_a_compressed_file_that_is_cut_off_is_refused(kind: str, kept: float):
+    content = compress(kind, 2.0)
+    with pytest.raises(ValueError, match=r"song( is cut off|.*copy it again)") as caught:
+        read_sound(content[: int(kept * len(content))], RATE, "song")
+    assert "object at" not in str(caught.value)
+
+
+def test_an_ogg_is_cut_off_within_its_last_page_too():
+    content = compress("OGG", 2.0)
+    for end in (len(content) - 1, content.rindex(b"OggS") + 20, content.rindex(b"OggS") + 28):
+        with pytest.raises(ValueError, match="song is cut off: its last page is not whole"):
+            read_sound(content[:end], RATE, "song")
+
+
+def test_what_is_no_compressed_file_is_refused():
+    compress("FLAC")  # skips without soundfile
     for start in (b"fLaC", b"OggS", b"ID3"):
-        with pytest.raises(ValueError, match="cannot read song"):
+        with pytest.raises(ValueError, match=r"cannot read song \([^<>]+\); copy it again"):
             read_sound(start + bytes(60), RATE, "song")
+
+
+def test_an_mp3_that_is_whole_is_read_whatever_its_header_says_of_its_length():
+    content = compress("MP3", 2.0)
+    at = max(content.find(b"Info"), content.find(b"Xing"))
+    (count,) = struct.unpack_from(">I", content, at + 8)
+    counts_itself = content[: at + 8] + struct.pack(">I", count + 1) + content[at + 12 :]
+    assert len(read_sound(counts_itself, 44_100, "song")) >= 88_200
+    tagged = b"ID3\3\0\0\0\0\2\0" + bytes(256) + content
+    assert len(read_sound(tagged, 44_100, "song")) == 88_200
+    with pytest.raises(ValueError, match=r"song is cut off: \d+ of 88200 samples"):
+        read_sound(tagged[: len(tagged) // 2], 44_100, "song")
+
+
+def test_an_mp3_without_a_count_of_its_frames_may_be_shorter_than_estimated():
+    soundfile = pytest.importorskip("soundfile", reason=NEEDS_SOUNDFILE)
+    loud = np.random.default_rng(0).normal(0, 0.3, 5 * RATE)
+    file, options = io.BytesIO(), {"format": "MP3", "bitrate_mode": "VARIABLE"}
+    soundfile.write(file, np.r_[np.zeros(5 * RATE), loud], RATE, **options, compression_level=0.5)
+    content = file.getvalue()
+    content = content[content.index(b"\xff\xf3", 4) :]  # without the frame of its header
+    with soundfile.SoundFile(io.BytesIO(content)) as opened:
+        assert opened.frames > 15 * RATE
+    assert 10 * RATE <= len(read_sound(content, RATE, "song")) < 11 * RATE
 
 
 def test_a_compressed_file_that_unpacks_to_hours_is_refused(monkeypatch):

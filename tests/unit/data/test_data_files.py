@@ -9,9 +9,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.unit.data.file_fakes import (
     SIZE,
@@ -281,6 +283,38 @@ def test_metadata_says_which_images_are_read(tmp_path: Path) -> None:
     assert [text_of(document) for document in documents] == ["zero"]
     assert num_bad == 3  # one of them outside of the folder of its metadata
     assert open_source("folder", tmp_path, is_endless=True).shards([0], 1)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JP2", ".pgm", ".ppm", ".avif"])
+def test_every_suffix_that_is_read_is_a_picture(suffix: str, tmp_path: Path) -> None:
+    Image.new("L", (SIZE, SIZE), 200).save(tmp_path / f"a{suffix}")
+    (tmp_path / "a.txt").write_text("grey")
+    (document,) = read_once(open_source("folder", tmp_path, is_endless=False))
+    (image,) = (s.payload for s in document.segments if not isinstance(s.payload, str))
+    assert np.abs(np.asarray(image, np.int64) - 200).max() < 8
+
+
+def test_files_with_captions_that_are_not_read_are_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, 4)
+    open_source("folder", tmp_path)
+    assert caplog.text == ""
+    names = (
+        *("a/x.heic", "a/x.txt", "b/y.HEIC", "b/y.caption", "c/z.svg", "c/z.json"),
+        *("a/alone.heic", "a/0.npz", "c/list", "c/list.txt", ".hidden/h.heic", ".hidden/h.txt"),
+        *("c/.i.heic", "c/.i.txt"),
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    os.symlink(tmp_path, tmp_path / "c" / "loop")
+    open_source("folder", tmp_path)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(
+        "multimodal.sources[own]: 3 files with captions beside them are not read (2 .heic, 1 .svg)"
+    )
+    assert "only .avif .bmp .gif .jfif " in message
 
 
 @pytest.mark.timeout(20)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.unit.data.fakes import ByteTokenizer, GreyTokenizer, RandomSource
 from torchtitan_mixtures.data import datasets_source
-from torchtitan_mixtures.data.images import decode_image
+from torchtitan_mixtures.data.images import decode_image, open_image
 from torchtitan_mixtures.data.mixture import SourceTokenizers, build_source
 from torchtitan_mixtures.data.samples import choose_caption
 from torchtitan_mixtures.data.sources import Document, Shard, Source
@@ -415,9 +415,50 @@ def test_images_are_put_on_white_cropped_and_resized() -> None:
     for value in (None, 3, {"bytes": None, "path": None}):
         with pytest.raises(ValueError, match="not an image"):
             decode_image(value, 4)
-    for value, message in ((b"", "^the file is empty$"), (b"GIF?", "^not an image in a known for")):
+    unknown = "^not an image in a known format .*; convert it to JPEG, PNG or WebP$"
+    for value, message in ((b"", "^the file is empty$"), (b"<svg/>", unknown)):
         with pytest.raises(ValueError, match=message):
             decode_image(value, 4)
+
+
+def tiff(dtype: str, values: list[float]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.array([values, values[::-1]], dtype)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 65535])
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_pgm_of_any_depth_keeps_its_greys(white: int, is_plain: bool) -> None:
+    values = [0, 1, white // 3, white // 2, white - 1, white]
+    header = f"P{2 if is_plain else 5} 6 1 {white}\n".encode()
+    plain = " ".join(map(str, values)).encode()
+    binary = b"".join(v.to_bytes(2 if white > 255 else 1, "big") for v in values)
+    picture = np.asarray(open_image(header + (plain if is_plain else binary)))
+    expected = [round(v / white * 65535) // 256 for v in values]
+    assert picture.tolist() == [[[value] * 3 for value in expected]]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_a_tiff_of_more_than_8_bits_keeps_its_greys(dtype: str) -> None:
+    picture = np.asarray(open_image(tiff(dtype, [0, 255, 256, 32_768, 65_535])))
+    expected = [[value] * 3 for value in (0, 0, 1, 128, 255)]
+    assert picture.tolist() == [expected, expected[::-1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (tiff("int32", [0, 65_536]), "32 bit integers from 0 to 65536"),
+        (tiff("int32", [-1, 255]), "32 bit integers from -1 to 255"),
+        (tiff("float32", [0, 1]), "floats from 0 to 1"),
+        (tiff("float32", [0, np.nan]), "floats from nan to nan"),
+        (b"Pf 2 1 -1.0\n" + np.array([0, 0.5], "<f4").tobytes(), "floats from 0 to 0.5"),
+    ],
+)
+def test_greys_of_an_unknown_range_are_refused(content: bytes, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"^its values are {kind}, .*; convert it to 8 or 16 bits"):
+        open_image(content)
 
 
 # --- errors ---------------------------------------------------------------------------------------
