@@ -15,6 +15,7 @@ from typing import Any, cast
 import datasets
 import fsspec
 import pyarrow as pa
+from huggingface_hub import constants
 
 from torchtitan_mixtures.data.documents import DocumentBuilder, Finder
 from torchtitan_mixtures.data.media import MAX_MEDIA_BYTES
@@ -126,9 +127,7 @@ def find_of_dataset(folder: Path | None, media_folder: Path | None) -> Finder:
         media_folder: What relative paths are relative to instead; absolute ones may be in it too.
     """
     base = media_folder or folder
-    allowed = [
-        os.path.abspath(root) for root in (base, folder, datasets.config.HF_CACHE_HOME) if root
-    ]
+    allowed = [os.path.abspath(root) for root in (base, folder, *_caches()) if root]
     # What users of this folder's kind would have to do.
     remedy = "put data and media below one folder, or set media_folder of a source of a mixture"
 
@@ -151,6 +150,13 @@ def find_of_dataset(folder: Path | None, media_folder: Path | None) -> Finder:
         return Path(absolute)
 
     return find
+
+
+def _caches() -> list[str | Path]:
+    """Where `datasets` puts what it downloads or unpacks; variables of the shell set each alone."""
+    config = datasets.config
+    unpacked = (config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
+    return [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, *unpacked, constants.HF_HUB_CACHE]
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -223,10 +223,12 @@ def test_addresses_are_read_of_remote_data_only(monkeypatch: pytest.MonkeyPatch)
         remote("memory://a.png")
 
 
-def test_what_datasets_has_downloaded_is_found() -> None:
-    cached = f"{datasets.config.HF_CACHE_HOME}/datasets/downloads/extracted/x/a.png"
-    for folder in (None, Path("/data")):
-        assert find_of_dataset(folder, None)(cached) == Path(cached)
+def test_what_datasets_has_downloaded_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", Path("/scratch/unpacked"))
+    home = datasets.config.HF_CACHE_HOME
+    for cached in (f"{home}/datasets/downloads/extracted/x/a.png", "/scratch/unpacked/x/a.png"):
+        for folder in (None, Path("/data")):
+            assert find_of_dataset(folder, None)(cached) == Path(cached)
 
 
 def test_types_of_columns_are_undecoded_however_deep() -> None:
