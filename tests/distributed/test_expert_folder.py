@@ -8,6 +8,7 @@ from tests.checkpoints import save_tiny_mixdiff
 from tests.distributed.parity import KEYS
 from tests.gang import run_ranks
 from tests.jobs import debug_job
+from tests.runs import run_to_the_end
 from torchtitan_mixtures import expert_folder_edits as edits
 from torchtitan_mixtures.trainer import MixtureTrainer
 
@@ -33,7 +34,7 @@ def train(steps, *overrides):
     """Weights before and after some steps, the step, and the average of the weights."""
     trainer = MixtureTrainer(debug_job("mixdiff", *BASE, f"--training.steps={steps}", *overrides))
     before = sums(trainer.model_parts[0])
-    trainer.train()
+    run_to_the_end(trainer)
     after = sums(trainer.model_parts[0])
     step = trainer.step
     average = totals(trainer.ema.state_dict())

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.distributed.parity import KEYS
 from tests.gang import run_ranks
 from tests.jobs import debug_job
+from tests.runs import run_to_the_end
 from torchtitan_mixtures.models.common import init
 from torchtitan_mixtures.trainer import MixtureTrainer
 
@@ -57,7 +58,7 @@ def train(*overrides):
 
     processor.logger.log = log
     before = norms()
-    trainer.train()
+    run_to_the_end(trainer)
     after = norms()
     trainer.close()
     changed = {name.split(".")[1] for name in after if after[name] != before[name]}

@@ -18,6 +18,7 @@ from PIL import Image
 from tests.distributed.parity import KEYS
 from tests.gang import run_ranks
 from tests.jobs import debug_job
+from tests.runs import run_to_the_end
 from tests.unit.data.tiny_encoders import save_clip, save_t5
 from torchtitan_mixtures.checkpoint_loading import find_checkpoint, load_model
 from torchtitan_mixtures.data.text_encoders import frozen_prompt_spec
@@ -60,7 +61,7 @@ def train(*overrides):
         original(scalars, step)
 
     processor.logger.log = log
-    trainer.train()
+    run_to_the_end(trainer)
     # What the sheets of the run do not say, as step 3 and 4: parameters that are no average, and
     # an average that no prompt guides.
     if trainer.parallel_dims.world_size == 1:

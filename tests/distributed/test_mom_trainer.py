@@ -12,6 +12,7 @@ import torch
 from tests.distributed.parity import KEYS, whole
 from tests.gang import run_ranks
 from tests.jobs import debug_job
+from tests.runs import run_to_the_end
 from torchtitan_mixtures.models.common import init
 from torchtitan_mixtures.trainer import MixtureTrainer
 
@@ -50,7 +51,7 @@ def train_until(stop, flavor, *overrides):
         original(scalars, step)
 
     processor.logger.log = log
-    trainer.train()
+    run_to_the_end(trainer)
     averages = arrays(trainer.ema.state_dict())
     trainer.close()
     return {"averages": averages, "initial": initial, "losses": losses}

@@ -23,6 +23,7 @@ from tests.distributed.parity import (
 )
 from tests.gang import run_ranks
 from tests.jobs import TRAIN_CONFIGS, load_job
+from tests.runs import run_to_the_end
 from torchtitan_mixtures.models.common.rope import rotation_at
 from torchtitan_mixtures.trainer import MixtureTrainer
 
@@ -102,7 +103,7 @@ def record(config, *overrides):
                 scalars[step, name] = value
 
     trainer.metrics_processor.logger.log = log
-    trainer.train()
+    run_to_the_end(trainer)
     trainer.close()
     return scalars
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.gang import run_ranks
 from tests.jobs import ROOT, TRAIN_CONFIGS, debug_job
+from tests.runs import run_to_the_end
 from torchtitan_mixtures.models import FAMILIES
 from torchtitan_mixtures.models.mot import mot_args
 from torchtitan_mixtures.studies import scaling_runs
@@ -269,7 +270,7 @@ def log_two_steps(family, folder):
     steps = ["--training.steps=2", "--validation.freq=2", "--validation.steps=1"]
     job = debug_job(family, "--checkpoint.no_enable", *steps, f"--job.dump_folder={folder}")
     trainer = MixtureTrainer(job)
-    trainer.train()
+    run_to_the_end(trainer)
     trainer.close()
     tags, refused = list(read_scalars(folder)), []
     for tag in tags:

@@ -12,7 +12,7 @@ from torchtitan.distributed import ParallelDims
 
 from tests.gang import run_ranks
 from tests.jobs import debug_job
-from tests.runs import QUICK
+from tests.runs import QUICK, run_to_the_end
 from torchtitan_mixtures.telemetry import IdleTowers, UpdateMeter, last_update
 
 DIMS = ParallelDims(1, 1, 1, 1, 1, 1, 1, 1)
@@ -134,7 +134,7 @@ def train_with_video(folder):
         write(values, step)
 
     trainer.processor.logger.log = log
-    trainer.train()
+    run_to_the_end(trainer)
     kept = [torch.equal(trainer.model_parts[0].get_parameter(n), w) for n, w in weights.items()]
     trainer.close()
     return [message for message in warnings if "tower" in message], scalars, kept
