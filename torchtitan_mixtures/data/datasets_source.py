@@ -24,7 +24,7 @@ from torchtitan_mixtures.data.opening import (
     local_files,
     open_split,
 )
-from torchtitan_mixtures.data.sample_reader import Reading, SampleReader, find_of_dataset
+from torchtitan_mixtures.data.sample_reader import DatasetFinder, Reading, SampleReader
 from torchtitan_mixtures.data.samples import SampleJudge
 from torchtitan_mixtures.data.source_files import hash_of
 from torchtitan_mixtures.data.sources import (
@@ -290,7 +290,9 @@ class StreamedShard:
         block: list[pa.Table] = []
         size, wanted = 0, self._block_size()
         try:
-            while len(block) < wanted and size < SHUFFLE_BYTES and (row := next(rows, None)):
+            while len(block) < wanted and size < SHUFFLE_BYTES:
+                if (row := next(rows, None)) is None:
+                    break
                 block.append(row)
                 size += row.nbytes
         # Every format has classes of errors of its own, and none says in which file.
@@ -356,7 +358,7 @@ def build_datasets_source(
     media_folder = Path(entry.media_folder).expanduser() if entry and entry.media_folder else None
     reading = Reading(
         DocumentBuilder(media, PairOrder.of(config, is_endless), columns),
-        find_of_dataset(local.folder if local else None, media_folder),
+        DatasetFinder(local.folder if local else None, media_folder),
         f"{config.path or config.data_files}:{split}",
         config.seed,
     )

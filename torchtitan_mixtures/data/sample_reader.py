@@ -115,8 +115,8 @@ class SampleReader:
         return f"{where} ({name})" if name else where
 
 
-def find_of_dataset(folder: Path | None, media_folder: Path | None) -> Finder:
-    """Find the files that rows of a data set name.
+class DatasetFinder:
+    """Finds the files that rows of a data set name; a `Finder` that goes to other processes.
 
     Rows may come from anybody: paths on this machine must lie in the folders of the data or where
     `datasets` unpacks what it downloads, and addresses are read only of data that are remote
@@ -126,30 +126,36 @@ def find_of_dataset(folder: Path | None, media_folder: Path | None) -> Finder:
         folder: That of the data; None: they are not on this machine.
         media_folder: What relative paths are relative to instead; absolute ones may be in it too.
     """
-    base = media_folder or folder
-    allowed = [os.path.abspath(root) for root in (base, folder, *_caches()) if root]
-    # What users of this folder's kind would have to do.
-    remedy = "put data and media below one folder, or set media_folder of a source of a mixture"
 
-    def find(path: str) -> Path | bytes:
+    def __init__(self, folder: Path | None, media_folder: Path | None) -> None:
+        self._is_remote = folder is None
+        self._base = media_folder or folder
+        roots = (self._base, folder, *_caches())
+        self._roots = [os.path.abspath(root) for root in roots if root]
+
+    def __call__(self, path: str) -> Path | bytes:
+        """Look up a path; see `Finder`.
+
+        Raises:
+            ValueError: It leads elsewhere, or cannot be read.
+        """
         # "zip://a.png::/data/b.zip" is a member of an archive, as streams name them.
         *inner, last = path.split("::")
         scheme, is_address, _ = last.rpartition("://")
-        is_refused = folder is not None or scheme.lower() in ("", "file", "local", *_ARCHIVES)
-        if (is_address and is_refused) or not all(
+        may_be_address = self._is_remote and scheme.lower() not in ("", "file", "local", *_ARCHIVES)
+        if (is_address and not may_be_address) or not all(
             part.partition("://")[0] in _ARCHIVES for part in inner
         ):
             raise ValueError(f"{path} is an address and not a path; download it first")
         if is_address:
             return _fetch(path)
-        absolute = os.path.abspath(os.path.join(base or "/", last))
-        if not any(_is_below(absolute, root) for root in allowed):
-            raise ValueError(f"{path} is outside of {base or 'the data'}; {remedy}")
-        if inner:
-            return _fetch("::".join([*inner, absolute]))
-        return Path(absolute)
-
-    return find
+        absolute = os.path.abspath(os.path.join(self._base or "/", last))
+        if not any(os.path.commonpath([root, absolute]) == root for root in self._roots):
+            raise ValueError(
+                f"{path} is outside of {self._base or 'the data'}; put data and media below one "
+                "folder, or set media_folder of a source of a mixture"
+            )
+        return _fetch("::".join([*inner, absolute])) if inner else Path(absolute)
 
 
 def _caches() -> list[str | Path]:
@@ -157,10 +163,6 @@ def _caches() -> list[str | Path]:
     config = datasets.config
     unpacked = (config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
     return [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, *unpacked, constants.HF_HUB_CACHE]
-
-
-def _is_below(path: str, root: str) -> bool:
-    return os.path.commonpath([root, path]) == root
 
 
 def _fetch(address: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.unit.data.file_fakes import RATE, SIZE, content_of, make_tar, open_so
 from torchtitan_mixtures.data import datasets_source, sample_reader
 from torchtitan_mixtures.data.datasets_source import build_datasets_source
 from torchtitan_mixtures.data.media import MediaReader
-from torchtitan_mixtures.data.sample_reader import find_of_dataset, undecoded
+from torchtitan_mixtures.data.sample_reader import DatasetFinder, undecoded
 from torchtitan_mixtures.data.sources import Document, Source
 from torchtitan_mixtures.data.tokenize_parts import files_state
 from torchtitan_mixtures.multimodal_config import Multimodal
@@ -193,7 +194,7 @@ def test_members_of_archives_that_are_streamed(tmp_path: Path) -> None:
 def test_addresses_are_read_of_remote_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/a.png", b"12345")
-    local, remote = find_of_dataset(Path("/data"), None), find_of_dataset(None, None)
+    local, remote = DatasetFinder(Path("/data"), None), DatasetFinder(None, None)
     assert remote("memory://a.png") == b"12345"
     for address in ("memory://a.png", "HTTP://host/a.png", "s3://a/b", "zip://a::https://b/c.zip"):
         with pytest.raises(ValueError, match="is an address and not a path; download it first"):
@@ -228,7 +229,7 @@ def test_what_datasets_has_downloaded_is_found(monkeypatch: pytest.MonkeyPatch) 
     home = datasets.config.HF_CACHE_HOME
     for cached in (f"{home}/datasets/downloads/extracted/x/a.png", "/scratch/unpacked/x/a.png"):
         for folder in (None, Path("/data")):
-            assert find_of_dataset(folder, None)(cached) == Path(cached)
+            assert DatasetFinder(folder, None)(cached) == Path(cached)
 
 
 def test_types_of_columns_are_undecoded_however_deep() -> None:
@@ -351,3 +352,11 @@ def test_files_that_were_written_since_are_told_by_their_time(
     assert before == files_state(build(tmp_path / "a.jsonl", streaming)) is not None
     os.utime(tmp_path / "a.jsonl", (1, 1))
     assert files_state(build(tmp_path / "a.jsonl", streaming)) != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_goes_to_processes_that_are_not_forked(tmp_path: Path, streaming: bool) -> None:
+    Dataset.from_list([{"text": f"row {n}"} for n in range(3)]).to_parquet(tmp_path / "a.parquet")
+    source = build(tmp_path / "a.parquet", streaming)
+    again = pickle.loads(pickle.dumps(source))
+    assert [document.key for document in read(again)] == [d.key for d in read(source)]
