@@ -295,7 +295,8 @@ class StreamedShard:
                     break
                 block.append(row)
                 size += row.nbytes
-        # Every format has classes of errors of its own, and none says in which file.
+        # Every format has classes of errors of its own (ArrowInvalid, ParserError, EOFError, ...),
+        # and none says in which file.
         except Exception as error:
             naming = self._source.naming
             raise ValueError(

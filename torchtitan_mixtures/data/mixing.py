@@ -211,9 +211,10 @@ class MixedShard:
         """
         try:
             return next(stream, None)
-        # Whatever libraries raise on damaged data says not where.
+        # Libraries raise anything on damaged data, classes that derive from ValueError too, and do
+        # not say where. What is a ValueError itself is ours, and names the source or the sample.
         except Exception as error:
-            if type(error) is ValueError:  # ours: says what is wrong with what
+            if type(error) is ValueError:
                 raise
             counts = self._counts[number]
             raise ValueError(

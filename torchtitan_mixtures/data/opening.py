@@ -153,7 +153,7 @@ def keep_columns(
     if names is None:  # a stream whose columns are known only by reading it
         try:
             names = list(next(iter(data), {}))
-        # Every format has classes of errors of its own.
+        # Every format has classes of errors of its own: ArrowInvalid, ParserError, EOFError, ...
         except Exception as error:
             raise ValueError(
                 f'{naming.key("path")} = "{config.path}": its first rows cannot be read '

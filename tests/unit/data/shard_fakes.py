@@ -39,6 +39,7 @@ class LoudSpeech:
         return (np.abs(waveform).reshape(-1, 10).mean(1) * 7).astype(np.int64)
 
     def decode(self, units: np.ndarray) -> np.ndarray:
+        # The interface has it, for samples to be heard; whoever makes or reads shards never does.
         raise NotImplementedError
 
     def fingerprint(self) -> str:

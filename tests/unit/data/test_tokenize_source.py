@@ -183,6 +183,7 @@ def children_of(process: int) -> set[int]:
     }
 
 
+# No library that lists the children of a process is among our dependencies.
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
 def test_a_killed_run_takes_its_workers_along_and_goes_on_with_any_number(tmp_path: Path) -> None:

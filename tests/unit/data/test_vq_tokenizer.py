@@ -138,6 +138,7 @@ def test_chameleon_agrees_with_its_own_call_and_says_that_it_has_no_decoder(fold
     pixels = torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
     codes = tokenizer.encode(images)
     assert (codes.flatten() == model.encode(pixels).image_tokens.numpy()).all()
+    # The model of transformers has no decoder: that is said, and nothing is drawn in its place.
     with pytest.raises(NotImplementedError, match=r"ChameleonVQVAE.*multimodal\.image_tokenizer"):
         tokenizer.decode(codes)
 

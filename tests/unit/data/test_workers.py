@@ -33,6 +33,7 @@ if __name__ == "__main__":
 """
 
 
+# What ends them is a signal that Linux alone sends when a parent dies; see `data/workers.py`.
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot tell a child")
 def test_workers_end_when_their_process_is_killed() -> None:
     run = subprocess.Popen(
